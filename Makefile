@@ -1,0 +1,28 @@
+# Every target sets itself up: .venv is made once and remade when the dependencies change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test check bench-cpu numbers clean
+
+test: .venv/ready  ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/ready  ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+numbers: .venv/ready  ## docs/numbers.md, from the configs
+	$(BIN)/python bench/model_numbers.py > docs/numbers.md.new
+	mv docs/numbers.md.new docs/numbers.md
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Models to and from directories in the released layout: names, shards, index, config."""

@@ -1,0 +1,113 @@
+"""Read a directory in the released layout into a model. Everything is checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dsv4.accounting.tensors import TensorSpec, inventory
+from dsv4.checkpoint.names import released_tensors
+from dsv4.checkpoint.save import INDEX
+from dsv4.config.load import load_config
+from dsv4.model.transformer import Transformer
+from dsv4.ops.backend import Backend
+
+Precision = Literal["float32", "bfloat16"]
+
+SINGLE = "model.safetensors"  # the one file of a checkpoint without an index
+PROBLEMS_SHOWN = 20
+
+
+def load_model(
+    directory: str | os.PathLike[str], precision: Precision = "float32", *, backend: Backend = "portable"
+) -> Transformer:
+    """Load a checkpoint directory and return the model in eval mode.
+
+    precision: ``float32`` computes in float32 throughout; ``bfloat16`` holds matrices and activations in
+    bfloat16, with the float32 islands of the released code. The directory holds ``config.json`` and
+    safetensors files, with or without an index; a tensor that is missing, unknown, misshapen, of another
+    dtype or truncated is a ``ValueError`` that lists every such tensor.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    root = Path(directory)
+    if not root.is_dir():
+        raise ValueError(f"directory is {root}; expected a directory with config.json and safetensors files")
+    config = load_config(root)
+    if config.storage in ("fp4", "fp8"):
+        raise ValueError(
+            f"checkpoint {root} stores its matrices as {config.storage}; expected bfloat16 or float32: "
+            "this version does not read quantised tensors"
+        )
+    files = _files(root)
+    _check(root, files, inventory(config))
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
+    targets = dict(released_tensors(model))
+    for file in sorted(set(files.values())):
+        with safe_open(root / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                targets[name].copy_(shard.get_tensor(name))
+    return model.eval()
+
+
+def _files(root: Path) -> dict[str, str]:
+    """Which file holds each tensor, by the index or, without one, by the single file's header."""
+    index = root / INDEX
+    if not index.is_file():
+        if not (root / SINGLE).is_file():
+            raise ValueError(f"checkpoint {root} has neither {INDEX} nor {SINGLE}; expected one of them")
+        return dict.fromkeys(_header(root / SINGLE), SINGLE)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"index {index} is not readable ({error!r}); expected JSON with a weight_map") from error
+    for file in set(files.values()):
+        if Path(file).name != file:
+            raise ValueError(f"index {index} names the file {file!r}; expected a plain name inside {root}")
+    return files
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor of a file, from its header. The file's length is checked against it."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"file {path} cannot be read as safetensors: {error}") from error
+
+
+def _check(root: Path, files: dict[str, str], specs: Iterable[TensorSpec]) -> None:
+    """Raise one error that lists every difference between the files and the config's tensors."""
+    expected = {spec.name: spec for spec in specs}
+    problems = []
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in sorted(set(files.values())):
+        header = _header(root / file)
+        for name, shape_and_dtype in header.items():
+            if files.get(name) != file:
+                problems.append(f"{name}: in {file}; the index puts it in {files.get(name, 'no file')}")
+            found[name] = shape_and_dtype
+    problems += [f"{name}: missing" for name in expected if name not in found]
+    problems += [f"{name}: unknown tensor" for name in found if name not in expected]
+    for name, (shape, dtype) in found.items():
+        spec = expected.get(name)
+        if spec is None:
+            continue
+        if shape != spec.shape:
+            problems.append(f"{name}: has shape {list(shape)}; expected {list(spec.shape)}")
+        allowed = ("I64",) if spec.dtype == "I64" else ("BF16", "F32")
+        if dtype not in allowed:
+            problems.append(f"{name}: has dtype {dtype}; expected {' or '.join(allowed)}")
+    if problems:
+        shown = problems[:PROBLEMS_SHOWN]
+        more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        raise ValueError(f"checkpoint {root} does not fit its config.json:\n  " + "\n  ".join(shown + more))

@@ -1,0 +1,157 @@
+"""Attention of one layer: low-rank queries, a shared key-value head, and what the layer's kind adds (report 2.3).
+
+A window layer sees its last W tokens. A CSA layer adds the compressed entries its indexer picks, an HCA
+layer all of its far fewer ones. The rotation is undone on the output, since keys double as values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dsv4.config.model import RATIO, LayerKind, ModelConfig
+from dsv4.model.call import Call
+from dsv4.model.linear import Linear, Norm
+from dsv4.model.state import CompressorState, LayerState
+from dsv4.ops import compress, index
+from dsv4.ops.attend import Entries, attend
+from dsv4.ops.rmsnorm import rmsnorm
+from dsv4.ops.rope import rotate
+
+
+class Compressor(nn.Module):
+    """Projections, position bias and norm that turn tokens into entries of ``width`` channels.
+
+    Pooling runs in float32; entries return in the dtype of the activations, normalised and rotated to the
+    position of their block's first token.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind: LayerKind = kind
+        self.overlap = kind == "csa"
+        self.eps = config.norm_eps
+        projected = 2 * width if self.overlap else width
+        self.wkv = Linear(config.hidden_size, projected, dtype)
+        self.wgate = Linear(config.hidden_size, projected, dtype)
+        self.ape = nn.Parameter(torch.empty(RATIO[kind], projected, dtype=torch.float32))
+        self.norm = Norm(width, dtype)
+
+    def forward(self, x: torch.Tensor, call: Call, state: CompressorState | None) -> torch.Tensor:
+        """x: [B, T, D]; returns all entries so far, [B, C, width]."""
+        wide = x.float()
+        kv, gate = self.wkv(wide), self.wgate(wide)  # [B, T, E]
+        blocks = call.rows.blocks[RATIO[self.kind]]
+        if blocks.tokens is not None:
+            row = torch.arange(x.shape[0], device=x.device)[:, None, None]
+            pooled = compress.pool(
+                kv[row, blocks.tokens],  # [B, C, m, E]
+                gate[row, blocks.tokens],
+                self.ape,
+                overlap=self.overlap,
+                is_first=blocks.is_first,
+                backend=call.backend,
+            )
+        else:
+            tail = None if state is None else state.tail
+            pooled, tail = compress.compress(
+                kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend
+            )
+            if state is not None:
+                state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
+        entries = rmsnorm(pooled.to(x.dtype), self.norm.weight, self.eps, backend=call.backend)
+        entries = rotate(entries, *call.entry_rotation[self.kind], backend=call.backend)
+        return entries if state is None else state.entries.extend(entries)
+
+
+class Indexer(nn.Module):
+    """The lightning indexer of a CSA layer: its own queries, keys and head weights (equations 13 to 17)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        i = config.indexer
+        self.num_heads, self.head_dim, self.top_k = i.num_heads, i.head_dim, i.top_k
+        self.wq_b = Linear(config.attention.q_rank, i.num_heads * i.head_dim, dtype)
+        self.weights_proj = Linear(config.hidden_size, i.num_heads, dtype)
+        self.compressor = Compressor(config, "csa", i.head_dim, dtype)
+
+    def project(
+        self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries [B, T, I, J], keys [B, C, J] and head weights [B, T, I]."""
+        q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
+        q = rotate(q, *call.token_rotation["csa"], backend=call.backend)
+        keys = self.compressor(x, call, state)
+        scale = self.head_dim**-0.5 * self.num_heads**-0.5
+        return q, keys, self.weights_proj(x) * scale
+
+    def forward(
+        self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None
+    ) -> torch.Tensor:
+        """Return the picked entries, [B, T, P] int64."""
+        blocks = call.rows.blocks[RATIO["csa"]]
+        q, keys, weights = self.project(x, q_low, call, state)
+        return index.select(q, keys, weights, blocks.begin, blocks.end, self.top_k, backend=call.backend)
+
+
+class Attention(nn.Module):
+    """One attention layer of any kind."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: torch.dtype) -> None:
+        super().__init__()
+        a = config.attention
+        self.kind: LayerKind = kind
+        self.eps = config.norm_eps
+        self.num_heads, self.head_dim, self.window = a.num_heads, a.head_dim, a.window
+        self.groups = a.o_groups
+        self.wq_a = Linear(config.hidden_size, a.q_rank, dtype)
+        self.q_norm = Norm(a.q_rank, dtype)
+        self.wq_b = Linear(a.q_rank, a.num_heads * a.head_dim, dtype)
+        self.wkv = Linear(config.hidden_size, a.head_dim, dtype)
+        self.kv_norm = Norm(a.head_dim, dtype)
+        self.attn_sink = nn.Parameter(torch.empty(a.num_heads, dtype=torch.float32))
+        self.wo_a = Linear(a.group_dim, a.o_groups * a.o_rank, dtype)
+        self.wo_b = Linear(a.o_groups * a.o_rank, config.hidden_size, dtype)
+        if kind != "window":
+            self.compressor = Compressor(config, kind, a.head_dim, dtype)
+        if kind == "csa":
+            self.indexer = Indexer(config, dtype)
+
+    def forward(self, x: torch.Tensor, call: Call, state: LayerState | None) -> torch.Tensor:
+        """x: [B, T, D], normalised; returns [B, T, D]."""
+        rotation = call.token_rotation[self.kind]
+        q_low = rmsnorm(self.wq_a(x), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
+        q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]
+        q = rotate(rmsnorm(q, None, self.eps, backend=call.backend), *rotation, backend=call.backend)
+        kv = rmsnorm(self.wkv(x), self.kv_norm.weight, self.eps, backend=call.backend)
+        kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
+        source = kv if state is None else state.extend_window(kv)
+        out, _ = attend(
+            q,
+            source,
+            self.attn_sink,
+            call.rows.raw_begin,
+            self._entries(x, q_low, call, state),
+            window=self.window,
+            scale=self.head_dim**-0.5,
+            backend=call.backend,
+        )
+        out = rotate(out, *rotation, inverse=True, backend=call.backend)
+        grouped = out.flatten(2).unflatten(-1, (self.groups, -1))  # [B, T, G, H K / G]
+        wo_a = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
+        low = torch.einsum("btgi,goi->btgo", grouped, wo_a)
+        return self.wo_b(low.flatten(2))
+
+    def _entries(self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: LayerState | None) -> Entries | None:
+        if self.kind == "window":
+            return None
+        picked = None
+        if self.kind == "csa":
+            # The language-model loss trains the main attention; it never reaches the indexer.
+            with torch.no_grad():
+                picked = self.indexer(x, q_low, call, None if state is None else state.indexer)
+        values = self.compressor(x, call, None if state is None else state.compressor)
+        if picked is not None and not call.dense:
+            return Entries(values, picked=picked)
+        blocks = call.rows.blocks[RATIO[self.kind]]
+        return Entries(values, begin=blocks.begin, end=blocks.end)

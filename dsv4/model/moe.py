@@ -1,0 +1,88 @@
+"""The feed-forward layer: a router, routed experts and one shared expert (report 2.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsv4.config.model import ModelConfig
+from dsv4.model.call import Call
+from dsv4.model.linear import Linear
+from dsv4.ops import route
+from dsv4.ops.experts import experts, swiglu
+
+
+class Router(nn.Module):
+    """The gate: affinities in float32; experts by affinity plus bias, or by a table of token ids.
+
+    ``bias`` is set by the load-balancing rule, not by gradients; a hash layer has ``tid2eid`` [V, A]
+    instead, fixed for the model's life.
+    """
+
+    def __init__(self, config: ModelConfig, is_hash: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        moe = config.moe
+        self.experts_per_token, self.routed_scale = moe.experts_per_token, moe.routed_scale
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, dtype=dtype))
+        self.tid2eid: torch.Tensor | None
+        self.bias: nn.Parameter | None = None
+        if is_hash:
+            self.register_buffer("tid2eid", torch.empty(config.vocab_size, moe.experts_per_token, dtype=torch.int64))
+        else:
+            self.register_buffer("tid2eid", None)
+            self.bias = nn.Parameter(torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: [T, D], T counting all rows' tokens; returns experts [T, A] int64 and weights [T, A] float32."""
+        affinities = route.affinity(F.linear(x.float(), self.weight.float()), backend=call.backend)  # [T, E]
+        if self.tid2eid is not None:
+            chosen = self.tid2eid[call.token_ids.flatten()]
+        else:
+            assert self.bias is not None
+            chosen = route.choose(affinities, self.bias, self.experts_per_token)
+        return chosen, route.weigh(affinities, chosen, self.routed_scale)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: w1 and w3 [E, F, D], w2 [E, D, F]."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        E, F_, D = config.moe.num_experts, config.moe.expert_dim, config.hidden_size
+        self.w1 = nn.Parameter(torch.empty(E, F_, D, dtype=dtype))
+        self.w2 = nn.Parameter(torch.empty(E, D, F_, dtype=dtype))
+        self.w3 = nn.Parameter(torch.empty(E, F_, D, dtype=dtype))
+
+
+class SharedExpert(nn.Module):
+    """The expert every token passes, clamped like the routed ones."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.limit = config.moe.swiglu_limit
+        self.w1 = Linear(config.hidden_size, config.moe.expert_dim, dtype)
+        self.w2 = Linear(config.moe.expert_dim, config.hidden_size, dtype)
+        self.w3 = Linear(config.hidden_size, config.moe.expert_dim, dtype)
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit, backend=call.backend))
+
+
+class MoE(nn.Module):
+    """Routed plus shared experts, summed in float32 and rounded once."""
+
+    def __init__(self, config: ModelConfig, is_hash: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.limit = config.moe.swiglu_limit
+        self.gate = Router(config, is_hash, dtype)
+        self.experts = Experts(config, dtype)
+        self.shared_experts = SharedExpert(config, dtype)
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """x: [B, T, D], normalised; returns [B, T, D]."""
+        flat = x.flatten(0, 1)  # [B * T, D]
+        chosen, weights = self.gate(flat, call)
+        w = self.experts
+        routed = experts(flat, chosen, weights, w.w1, w.w2, w.w3, self.limit, backend=call.backend)
+        return (routed + self.shared_experts(flat, call)).to(x.dtype).view(x.shape)

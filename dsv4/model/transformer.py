@@ -1,0 +1,224 @@
+"""The whole model: embed, expand to streams, blocks, fold, normalise, head; and the MTP block beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsv4.config.model import RATIO, LayerKind, ModelConfig
+from dsv4.model import rows
+from dsv4.model.block import Block
+from dsv4.model.call import Call, make_call
+from dsv4.model.linear import Linear, Norm
+from dsv4.model.state import State
+from dsv4.ops import mhc
+from dsv4.ops.backend import Backend, check_backend
+from dsv4.ops.rmsnorm import rmsnorm
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits: [B, T, V] float32. mtp_logits: [B, T - 1, V] float32 when asked for: position i predicts token i + 2."""
+
+    logits: torch.Tensor
+    mtp_logits: torch.Tensor | None = None
+
+
+class Embedding(nn.Module):
+    """weight: [V, D]."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class MTP(Block):
+    """The multi-token prediction block: a window layer over the streams joined with the next token.
+
+    It reads the main model's streams before they are folded (all N of them) and shares embedding and head.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: torch.dtype) -> None:
+        super().__init__(config, kind, is_hash=False, dtype=dtype)
+        D, N = config.hidden_size, config.hyper_connections.streams
+        self.e_proj, self.h_proj = Linear(D, D, dtype), Linear(D, D, dtype)
+        self.enorm, self.hnorm, self.norm = Norm(D, dtype), Norm(D, dtype), Norm(D, dtype)
+        _add_head_mix(self, N, D)
+
+    def join(self, streams: torch.Tensor, embedded: torch.Tensor, backend: Backend) -> torch.Tensor:
+        """streams: [B, T, N, D]; embedded: [B, T, D], the next tokens; returns streams [B, T, N, D]."""
+        e = self.e_proj(rmsnorm(embedded, self.enorm.weight, self.eps, backend=backend))
+        return e.unsqueeze(2) + self.h_proj(rmsnorm(streams, self.hnorm.weight, self.eps, backend=backend))
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V4 model of any size.
+
+    Built with uninitialised parameters: ``dsv4.new_model`` fills them with fresh values, ``dsv4.load_model``
+    with a checkpoint's. Matrices, norms and embedding are held in ``weight_dtype``; what the release stores
+    in float32 (mixes, sinks, position and routing biases) stays float32. Activations run in
+    ``activation_dtype``, the islands the released code computes in float32 excepted.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        weight_dtype: torch.dtype = torch.float32,
+        activation_dtype: torch.dtype = torch.float32,
+        backend: Backend = "portable",
+    ) -> None:
+        super().__init__()
+        check_backend(backend)
+        self.config = config
+        self.weight_dtype, self.activation_dtype = weight_dtype, activation_dtype
+        self.backend: Backend = backend
+        self.embed = Embedding(config, weight_dtype)
+        self.layers = nn.ModuleList(
+            Block(config, kind, config.is_hash_layer(layer), weight_dtype)
+            for layer, kind in enumerate(config.layer_kinds)
+        )
+        self.norm = Norm(config.hidden_size, weight_dtype)
+        self.head = Linear(config.hidden_size, config.vocab_size, weight_dtype)
+        _add_head_mix(self, config.hyper_connections.streams, config.hidden_size)
+        self.mtp = nn.ModuleList(MTP(config, kind, weight_dtype) for kind in config.mtp_kinds)
+
+    def new_state(self, batch_size: int) -> State:
+        """Return an empty state for ``batch_size`` sequences."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        return State(self.config, batch_size, owner=self)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        *,
+        state: State | None = None,
+        segment_ids: torch.Tensor | None = None,
+        mtp: bool = False,
+        dense: bool = False,
+    ) -> Output:
+        """Return next-token logits.
+
+        token_ids: [B, T] int64. state: continue the sequences it holds, and advance it. segment_ids: [B, T]
+        int64, runs of equal ids are documents that do not see each other. mtp: also the MTP block's logits.
+        dense: CSA layers attend to every visible entry, as training starts out.
+        """
+        streams, call = self.run(token_ids, state=state, segment_ids=segment_ids, mtp=mtp, dense=dense)
+        logits = self.logits(self.hidden(streams))
+        if not mtp:
+            return Output(logits)
+        return Output(logits, self.logits(self.mtp_hidden(streams, call, segment_ids)))
+
+    def run(
+        self,
+        token_ids: torch.Tensor,
+        *,
+        state: State | None = None,
+        segment_ids: torch.Tensor | None = None,
+        mtp: bool = False,
+        dense: bool = False,
+    ) -> tuple[torch.Tensor, Call]:
+        """Return the streams after the last layer, [B, T, N, D], and the call they belong to."""
+        self._check(token_ids, state, segment_ids, mtp)
+        B, T = token_ids.shape
+        ratios = sorted({RATIO[kind] for kind in self.config.layer_kinds} - {0})
+        if segment_ids is not None:
+            places = rows.packed(segment_ids, ratios)
+        else:
+            places = rows.continued(B, T, state.length if state else 0, ratios, token_ids.device)
+        call = make_call(self.config, token_ids, places, backend=self.backend, dense=dense)
+        embedded = self.embed(token_ids).to(self.activation_dtype)  # [B, T, D]
+        streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [B, T, N, D]
+        for i, layer in enumerate(self.layers):
+            streams = layer(streams, call, None if state is None else state.layers[i])
+        if state is not None:
+            state.length += T
+        return streams, call
+
+    def hidden(self, streams: torch.Tensor) -> torch.Tensor:
+        """Fold and normalise the streams: what the head reads, [B, T, D]."""
+        return _fold(self, self.config, streams, self.backend)
+
+    def mtp_hidden(self, streams: torch.Tensor, call: Call, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the head reads to predict token i + 2 at position i, [B, T - 1, D].
+
+        Position i joins the streams of token i with the embedding of token i + 1.
+        """
+        block = self.mtp[0]
+        assert isinstance(block, MTP)
+        next_ids = call.token_ids[:, 1:]
+        B, T = next_ids.shape
+        places = (
+            rows.continued(B, T, 0, (), next_ids.device)
+            if segment_ids is None
+            else rows.packed(segment_ids[:, :-1], ())
+        )
+        next_call = make_call(self.config, next_ids, places, backend=call.backend)
+        joined = block.join(streams[:, :-1], self.embed(next_ids).to(self.activation_dtype), call.backend)
+        return _fold(block, self.config, block(joined, next_call, None), call.backend)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., D]; returns [..., V] float32, multiplied in float32."""
+        return self.head(hidden.float())
+
+    def _check(
+        self, token_ids: torch.Tensor, state: State | None, segment_ids: torch.Tensor | None, mtp: bool
+    ) -> None:
+        """Refuse anything that cannot be computed, before any of it is."""
+        if token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64")
+        if token_ids.dim() != 2 or 0 in token_ids.shape:
+            raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, T] with B and T at least 1")
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"token_ids holds {wrong}; expected 0 <= id < vocab_size = {self.config.vocab_size}")
+        B, T = token_ids.shape
+        length = 0
+        if state is not None:
+            if state.owner is not self:
+                raise ValueError("state belongs to another model; expected one made by this model's new_state")
+            if state.batch_size != B:
+                raise ValueError(f"state holds {state.batch_size} sequences; expected the {B} of token_ids")
+            length = state.length
+        if length + T > self.config.max_context:
+            raise ValueError(
+                f"token_ids would bring the sequence to {length + T} tokens; expected at most max_context = "
+                f"{self.config.max_context}"
+            )
+        if segment_ids is not None:
+            if state is not None:
+                raise ValueError("segment_ids and state are both given; expected one of them: a state holds one document")
+            if segment_ids.dtype != torch.int64 or segment_ids.shape != token_ids.shape:
+                raise ValueError(
+                    f"segment_ids is {segment_ids.dtype} {list(segment_ids.shape)}; expected torch.int64 {[B, T]}"
+                )
+        if mtp:
+            if len(self.mtp) == 0:
+                raise ValueError("mtp is True; expected False: this model has no MTP block")
+            if state is not None:
+                raise ValueError("mtp and state are both given; expected one of them: MTP needs the whole sequence")
+            if T < 2:
+                raise ValueError(f"token_ids has {T} token; expected at least 2 with mtp")
+
+
+def _add_head_mix(module: nn.Module, streams: int, width: int) -> None:
+    """Give a module the parameters of a head's fold, under their released names."""
+    for name, shape in (("fn", (streams, streams * width)), ("base", (streams,)), ("scale", (1,))):
+        module.register_parameter(f"hc_head_{name}", nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+
+def _fold(module: nn.Module, config: ModelConfig, streams: torch.Tensor, backend: Backend) -> torch.Tensor:
+    """Fold streams with a module's head mix and normalise with its final norm: [B, T, D]."""
+    mix = mhc.Mix(
+        module.get_parameter("hc_head_fn"), module.get_parameter("hc_head_base"), module.get_parameter("hc_head_scale")
+    )
+    u = mhc.head(streams, mix, norm_eps=config.norm_eps, eps=config.hyper_connections.eps, backend=backend)
+    return rmsnorm(u, module.get_parameter("norm.weight"), config.norm_eps, backend=backend)

@@ -1,0 +1,35 @@
+"""The specification of the experts: one token at a time."""
+
+from __future__ import annotations
+
+import torch
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    """See ``dsv4.ops.experts.swiglu``."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    g, v = gate.to(wide).clamp(max=limit), up.to(wide).clamp(-limit, limit)
+    return (g * torch.sigmoid(g) * v).to(gate.dtype)
+
+
+def experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = []
+    for t in range(x.shape[0]):
+        total = x.new_zeros(x.shape[1], dtype=wide)
+        for expert, weight in zip(chosen[t].tolist(), weights[t], strict=True):
+            gate, up = (w[expert].to(x.dtype) @ x[t] for w in (w1, w3))
+            g, v = gate.to(wide).clamp(max=limit), up.to(wide).clamp(-limit, limit)
+            hidden = (g * torch.sigmoid(g) * v * weight).to(x.dtype)
+            total = total + (w2[expert].to(x.dtype) @ hidden).to(wide)
+        rows.append(total)
+    return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], dtype=wide)

@@ -1,0 +1,104 @@
+"""Manifold-constrained hyper-connections (report 2.2): N residual streams around each sub-layer.
+
+From the RMS-normalised streams a linear map gives, per token, three sets of coefficients:
+
+    pre [N]      sigmoid + eps      the sub-layer reads     u   = sum_j pre_j X_j
+    post [N]     2 sigmoid          and its output y enters X'_k = post_k y + sum_j comb_jk X_j
+    comb [N, N]  Sinkhorn           a nearly doubly stochastic mix of the streams
+
+The sum over j uses comb's *first* index: the matrix applied to the streams is comb transposed (the
+report's B is our comb transposed). Coefficients are float32 whatever the streams' dtype.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from dsv4.ops.backend import Backend, pick
+from dsv4.ops.mhc import portable, reference
+from dsv4.ops.shapes import Shapes
+
+
+class Mix(NamedTuple):
+    """Parameters of one mix: fn [M, N * D], base [M], scale [3] or [1], all float32.
+
+    M = N (2 + N) rows around a sub-layer: pre, post, then comb row by row. M = N at the head: pre alone.
+    """
+
+    fn: torch.Tensor
+    base: torch.Tensor
+    scale: torch.Tensor
+
+
+def pre(
+    streams: torch.Tensor,
+    mix: Mix,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    backend: Backend = "portable",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read the sub-layer's input off the streams.
+
+    streams: [B, T, N, D]. Returns u [B, T, D] in the dtype of streams, post [B, T, N] and
+    comb [B, T, N, N], float32.
+    """
+    shapes = Shapes()
+    shapes.check("streams", streams, "B T N D")
+    N, D = streams.shape[2:]
+    shapes.check("mix.fn", mix.fn, f"{N * (2 + N)} {N * D}")
+    shapes.check("mix.base", mix.base, f"{N * (2 + N)}")
+    shapes.check("mix.scale", mix.scale, "3")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; expected at least 1")
+    chosen = pick(backend, reference=reference.pre, portable=portable.pre)
+    return chosen(streams, mix.fn, mix.base, mix.scale, norm_eps, eps, iterations)
+
+
+def post(
+    streams: torch.Tensor,
+    y: torch.Tensor,
+    post_weights: torch.Tensor,
+    comb: torch.Tensor,
+    *,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Write the sub-layer's output back: X'_k = post_k y + sum_j comb_jk X_j.
+
+    streams: [B, T, N, D]; y: [B, T, D]; post_weights: [B, T, N]; comb: [B, T, N, N].
+    Returns [B, T, N, D] in the dtype of streams, summed in float32.
+    """
+    shapes = Shapes()
+    shapes.check("streams", streams, "B T N D")
+    shapes.check("y", y, "B T D")
+    shapes.check("post_weights", post_weights, "B T N")
+    shapes.check("comb", comb, "B T N N")
+    return pick(backend, reference=reference.post, portable=portable.post)(streams, y, post_weights, comb)
+
+
+def head(
+    streams: torch.Tensor, mix: Mix, *, norm_eps: float, eps: float, backend: Backend = "portable"
+) -> torch.Tensor:
+    """Fold the streams into one after the last layer: sum_j pre_j X_j, [B, T, D] in the dtype of streams."""
+    shapes = Shapes()
+    shapes.check("streams", streams, "B T N D")
+    N, D = streams.shape[2:]
+    shapes.check("mix.fn", mix.fn, f"{N} {N * D}")
+    shapes.check("mix.base", mix.base, f"{N}")
+    shapes.check("mix.scale", mix.scale, "1")
+    chosen = pick(backend, reference=reference.head, portable=portable.head)
+    return chosen(streams, mix.fn, mix.base, mix.scale, norm_eps, eps)
+
+
+def sinkhorn(logits: torch.Tensor, *, eps: float, iterations: int, backend: Backend = "portable") -> torch.Tensor:
+    """Project logits [..., N, N] float32 towards the doubly stochastic matrices.
+
+    Softmax over each row, plus eps; divide by column sums plus eps; then ``iterations`` - 1 times rows and
+    columns again. Column sums end at 1; row sums approach it.
+    """
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
+        raise ValueError(f"logits has shape {list(logits.shape)}; expected [..., N, N]")
+    return pick(backend, reference=reference.sinkhorn, portable=portable.sinkhorn)(logits, eps, iterations)

@@ -1,0 +1,38 @@
+"""RMS normalisation that keeps only its input and one number a row for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """See ``dsv4.ops.rmsnorm``."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [..., 1]
+        y = x * inverse_rms  # wide
+        if weight is not None:
+            y.mul_(weight)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms  # [..., D] wide
+        scaled = grad.to(normed.dtype) if weight is None else grad * weight.to(normed.dtype)
+        grad_weight = None
+        if weight is not None and ctx.needs_input_grad[1]:
+            grad_weight = (normed * grad).flatten(0, -2).sum(0).to(weight.dtype)
+        # y = x r, dr/dx = -r^3 x / D: the part of the gradient along x is removed.
+        along = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = torch.addcmul(scaled, normed, along, value=-1).mul_(inverse_rms)
+        return grad_x.to(x.dtype), grad_weight, None

@@ -1,0 +1,82 @@
+"""Rotary positions on the last R channels, in interleaved pairs (report 2.3.3).
+
+Pair k holds channels (2k, 2k + 1) of the rotated tail and turns by position * frequency_k:
+
+    (a, b) -> (a cos - b sin, a sin + b cos)
+
+The inverse turns back by the same angle; it undoes, on the attention output, the positions that the
+shared key-value vectors carry. Amplitude is always 1: this model has no YaRN mscale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dsv4.ops.backend import Backend, pick
+from dsv4.ops.rope import portable, reference
+from dsv4.ops.shapes import Shapes
+
+
+def frequencies(
+    rotary_dims: int,
+    theta: float,
+    *,
+    factor: float = 1.0,
+    original_context: float = 1.0,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> torch.Tensor:
+    """Return the angle per position of each pair, [R / 2] float32 on the CPU.
+
+    ``factor`` above 1 applies YaRN: pairs that turn more than ``beta_fast`` times within
+    ``original_context`` keep their frequency, those that turn less than ``beta_slow`` times have it
+    divided by ``factor``, and a linear ramp over the pair index joins them.
+    """
+    exponent = torch.arange(0, rotary_dims, 2, dtype=torch.float32) / rotary_dims
+    plain = 1.0 / (theta**exponent)  # [R / 2]
+    if factor == 1.0:
+        return plain
+
+    def pair_that_turns(rotations: float) -> float:
+        return rotary_dims * math.log(original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(beta_slow)), rotary_dims - 1)
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(rotary_dims // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp)
+
+
+def angles(positions: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine and sine of position * frequency.
+
+    positions: [B, T] int64; frequency: [R / 2] float32; returns two of [B, T, R / 2] float32.
+    The product is formed in float32, as the released code does.
+    """
+    angle = positions.float()[..., None] * frequency  # [B, T, R / 2]
+    return angle.cos(), angle.sin()
+
+
+def rotate(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    inverse: bool = False,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Rotate the last R channels of ``x``.
+
+    x: [B, T, K] or [B, T, H, K] float; cos, sin: [B, T, R / 2] float32; returns the shape and dtype of x.
+    """
+    shapes = Shapes()
+    shapes.check("cos", cos, "B T r")
+    shapes.check("sin", sin, "B T r")
+    shapes.check("x", x, "B T K" if x.dim() == 3 else "B T H K")
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"cos rotates {2 * cos.shape[-1]} channels; expected at most the {x.shape[-1]} of x")
+    if x.dim() == 4:
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
+    return pick(backend, reference=reference.rotate, portable=portable.rotate)(x, cos, -sin if inverse else sin)

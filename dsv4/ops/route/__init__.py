@@ -1,0 +1,45 @@
+"""Which experts a token goes to, and with what weight (report 2.1).
+
+    s_e = sqrt(softplus(logit_e)),    weight_e = routed_scale * s_e / sum of the chosen s
+
+The chosen experts are the A largest of s + bias, or those that a table gives for the token's id. The bias
+balances the load: it moves the choice, never the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsv4.ops.backend import Backend, pick
+from dsv4.ops.route import portable, reference
+from dsv4.ops.shapes import Shapes, check_integer
+
+
+def affinity(logits: torch.Tensor, *, backend: Backend = "portable") -> torch.Tensor:
+    """Return sqrt(softplus(logits)), float32, any shape."""
+    return pick(backend, reference=reference.affinity, portable=portable.affinity)(logits)
+
+
+def choose(affinities: torch.Tensor, bias: torch.Tensor, experts_per_token: int) -> torch.Tensor:
+    """Return the experts with the largest affinity plus bias, [T, A] int64. No gradient passes.
+
+    affinities: [T, E] float32; bias: [E] float32.
+    """
+    shapes = Shapes()
+    shapes.check("affinities", affinities, "T E")
+    shapes.check("bias", bias, "E")
+    with torch.no_grad():
+        return (affinities + bias).topk(experts_per_token, dim=-1).indices
+
+
+def weigh(affinities: torch.Tensor, experts: torch.Tensor, routed_scale: float) -> torch.Tensor:
+    """Return the weights of the chosen experts, [T, A] float32, differentiable in the affinities.
+
+    affinities: [T, E] float32; experts: [T, A] int64.
+    """
+    shapes = Shapes()
+    shapes.check("affinities", affinities, "T E")
+    shapes.check("experts", experts, "T A")
+    check_integer("experts", experts)
+    chosen = affinities.gather(-1, experts)  # [T, A]
+    return routed_scale * chosen / chosen.sum(dim=-1, keepdim=True)

@@ -1,0 +1,11 @@
+"""The affinity with torch's own softplus."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def affinity(logits: torch.Tensor) -> torch.Tensor:
+    """See ``dsv4.ops.route.affinity``."""
+    return F.softplus(logits).sqrt()

@@ -1,0 +1,11 @@
+"""The specification of the affinity."""
+
+from __future__ import annotations
+
+import torch
+
+
+def affinity(logits: torch.Tensor) -> torch.Tensor:
+    """See ``dsv4.ops.route.affinity``. Softplus is the identity above 20, as in the released code."""
+    softplus = torch.where(logits > 20, logits, torch.log1p(torch.exp(logits.clamp(max=20))))
+    return softplus.sqrt()

@@ -1,0 +1,54 @@
+"""Shape checks at the door of an operation, in the letters of NOTATION.md."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Shapes:
+    """Sizes of shape letters, bound by the first tensor that shows them and enforced on the rest."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, tuple[int, str]] = {}
+
+    def check(self, name: str, tensor: torch.Tensor, letters: str) -> None:
+        """Raise ``ValueError`` unless ``tensor`` has the shape ``letters``, such as ``"B T H K"``.
+
+        A letter may be a number (``"2"``). A leading ``...`` allows any leading dimensions.
+        """
+        wanted = letters.split()
+        shape = list(tensor.shape)
+        if wanted and wanted[0] == "...":
+            wanted = wanted[1:]
+            shape = shape[len(shape) - len(wanted) :] if len(shape) >= len(wanted) else shape
+        fits = len(shape) == len(wanted)
+        if fits:
+            for letter, size in zip(wanted, shape, strict=True):
+                known = int(letter) if letter.isdigit() else self._sizes.setdefault(letter, (size, name))[0]
+                fits = fits and known == size
+        if not fits:
+            known = ", ".join(
+                f"{letter} = {self._sizes[letter][0]} (from {self._sizes[letter][1]})"
+                for letter in wanted
+                if letter in self._sizes and self._sizes[letter][1] != name
+            )
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; expected [{letters.replace(' ', ', ')}]"
+                + (f" with {known}" if known else "")
+            )
+
+    def size(self, letter: str) -> int:
+        """Return the size bound to ``letter``."""
+        return self._sizes[letter][0]
+
+
+def check_integer(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``tensor`` holds int64."""
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected torch.int64")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless ``tensor`` holds floating-point numbers."""
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")

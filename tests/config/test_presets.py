@@ -1,0 +1,54 @@
+"""Presets: the released patterns, the small models' promises, names."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+
+from dsv4.config.model import RATIO
+from dsv4.config.presets import PRESETS, flash, flash_base, nano, preset, pro, pro_base
+
+
+def test_released_patterns_are_the_released_compress_ratios():
+    assert [RATIO[kind] for kind in flash().layer_kinds] == [0, 0] + [4, 128] * 20 + [4]
+    assert [RATIO[kind] for kind in pro().layer_kinds] == [128, 128] + [4, 128] * 29 + [4]
+    assert Counter(flash().layer_kinds) == {"window": 2, "csa": 21, "hca": 20}
+    assert Counter(pro().layer_kinds) == {"csa": 30, "hca": 31}
+
+
+@pytest.mark.parametrize(("base", "instruct"), [(flash_base, flash), (pro_base, pro)])
+def test_base_differs_from_instruct_in_storage_alone(base, instruct):
+    assert base().storage == "fp8"
+    assert dataclasses.replace(base(), storage="fp4") == instruct()
+
+
+@pytest.mark.parametrize("name", ["mini", "nano"])
+def test_small_models_have_every_idea_of_the_large(name):
+    config = preset(name)
+    assert set(config.layer_kinds) == {"window", "csa", "hca"}
+    assert config.mtp_kinds == ("window",)
+    assert 0 < config.moe.num_hash_layers < config.num_layers
+    assert config.storage == "bfloat16"
+    # A context must be long enough for the indexer to leave entries out, and for an HCA entry beyond the window.
+    assert config.max_context // RATIO["csa"] > config.indexer.top_k
+    assert config.max_context > config.attention.window + RATIO["hca"]
+    # Cached rows quantise in groups of 64 plain channels, indexer keys in groups of 32.
+    assert (config.attention.head_dim - config.attention.rotary_dims) % 64 == 0
+    assert config.indexer.head_dim % 32 == 0
+
+
+def test_toy_sizes_of_nano_differ_where_a_swap_could_hide():
+    config = nano()
+    assert config.hidden_size != config.attention.num_heads * config.attention.head_dim
+    assert config.attention.group_dim == 256
+
+
+def test_every_preset_is_found_by_name():
+    assert list(PRESETS) == ["flash", "pro", "flash-base", "pro-base", "mini", "nano"]
+    for name, make in PRESETS.items():
+        assert preset(name) == make()
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"preset is 'flahs'; expected one of flash, pro, .*did you mean flash\?"):
+        preset("flahs")
