@@ -41,7 +41,7 @@ COST_KIND: dict[Kind, CostKind] = {
     "mtp_projections": "mtp",
 }
 
-INDEX_PRECISION: dict[Storage, Precision] = {"fp4": "fp4", "fp8": "fp8", "bfloat16": "bf16"}
+INDEX_PRECISION: dict[Storage, Precision] = {"fp4": "fp4", "fp8": "fp8", "bfloat16": "bf16", "float32": "bf16"}
 
 
 Part = Literal["main", "mtp"]

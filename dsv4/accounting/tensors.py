@@ -2,15 +2,15 @@
 
 The names and the layout are those of the released safetensors files: file 1 holds the embedding, file
 ``l + 2`` all of layer ``l``, then one file for the head and the final norm, then one per MTP block.
-Three kinds of storage are described (``dsv4.config.model.Storage``): ``fp4`` and ``fp8`` store a matrix
-next to its ``.scale``; ``bfloat16`` stores the same names without scales.
+The kinds of storage are described (``dsv4.config.model.Storage``): ``fp4`` and ``fp8`` store a matrix
+next to its ``.scale``; ``bfloat16`` and ``float32`` store the same names without scales.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, prod
 from typing import Literal
@@ -82,7 +82,10 @@ def inventory(config: ModelConfig) -> tuple[TensorSpec, ...]:
 
     The last few results are remembered: Pro has 145,116 tensors and every account starts from this list.
     """
-    return tuple(_walk(config))
+    specs = _walk(config)
+    if config.storage == "float32":
+        specs = (replace(spec, dtype="F32") if spec.dtype == "BF16" else spec for spec in specs)
+    return tuple(specs)
 
 
 def num_shards(config: ModelConfig) -> int:
@@ -126,7 +129,7 @@ def _matrix(config: ModelConfig, name: str, shape: tuple[int, int], kind: Kind, 
     """A quantised matrix and its scale, or one BF16 matrix when nothing is quantised. ``name`` has no suffix."""
     rows, columns = shape
     weight, scale = name + ".weight", name + ".scale"
-    if config.storage == "bfloat16":
+    if config.storage in ("bfloat16", "float32"):
         yield _plain(weight, shape, "BF16", kind, "matrix", shard)
     elif config.storage == "fp4" and kind == "routed_experts":
         packed = (rows, columns // 2)

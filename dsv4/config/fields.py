@@ -98,8 +98,8 @@ FIELDS = (
     _integer("sliding_window", "window_size", "attention.window"),
     _number("swiglu_limit", "swiglu_limit", "moe.swiglu_limit"),
     _constant("tie_word_embeddings", "", False),
-    _constant("torch_dtype", "", "bfloat16"),
-    _constant("dtype", "", "bfloat16"),  # the newer name of torch_dtype; read, never written
+    _special("torch_dtype", ""),
+    _special("dtype", ""),  # the newer name of torch_dtype; read, never written
     _special("transformers_version", ""),
     _special("use_cache", ""),
     _integer("vocab_size", "vocab_size", "model.vocab_size"),
@@ -165,7 +165,7 @@ def write_fields(config: ModelConfig, special: dict[str, object]) -> dict[str, o
         else:
             room, _, ours = field.ours.partition(".")
             result[field.released] = getattr(config if room == "model" else getattr(config, room), ours)
-    del result["dtype"], result[""]
+    del result[""]
     return result
 
 

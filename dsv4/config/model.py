@@ -8,7 +8,7 @@ arithmetic on a layer's index. The released ``config.json`` maps onto these clas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 LayerKind = Literal["window", "csa", "hca"]
 """What a layer attends to: the sliding window alone, or the window plus compressed entries."""
@@ -16,11 +16,12 @@ LayerKind = Literal["window", "csa", "hca"]
 RATIO: dict[LayerKind, int] = {"window": 0, "csa": 4, "hca": 128}
 """Tokens folded into one compressed entry (report 2.3.1 and 2.3.2; ``compress_ratios`` in the release)."""
 
-Storage = Literal["fp4", "fp8", "bfloat16"]
+Storage = Literal["fp4", "fp8", "bfloat16", "float32"]
 """How a checkpoint stores its matrices.
 
 ``fp4``: routed experts in packed FP4, other matrices FP8, scales E8M0 (the instruct releases).
-``fp8``: experts FP8 too, scales F32 (the base releases). ``bfloat16``: no scales (models trained here).
+``fp8``: experts FP8 too, scales F32 (the base releases). ``bfloat16`` and ``float32``: no scales (models
+trained here).
 """
 
 
@@ -196,8 +197,8 @@ class ModelConfig:
         for name in ("bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 problems.append(f"{name} is {getattr(self, name)}; expected 0 <= id < vocab_size = {self.vocab_size}")
-        if self.storage not in ("fp4", "fp8", "bfloat16"):
-            problems.append(f"storage is {self.storage!r}; expected one of fp4, fp8, bfloat16")
+        if self.storage not in get_args(Storage):
+            problems.append(f"storage is {self.storage!r}; expected one of {', '.join(get_args(Storage))}")
         if self.storage == "fp4":
             problems += _not_dividing("the FP4 scale group", 32, "hidden_size", self.hidden_size)
             problems += _not_dividing("the FP4 scale group", 32, "moe.expert_dim", self.moe.expert_dim)

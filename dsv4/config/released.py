@@ -53,13 +53,11 @@ def from_released(data: Mapping[str, object]) -> ModelConfig:
     """Turn a released ``config.json`` into a ``ModelConfig``.
 
     The first release had no ``expert_dtype``: with a ``quantization_config`` that means "fp4". A file with
-    neither describes BF16 weights. ``rope_scaling: null`` means no YaRN.
+    neither describes weights of its ``torch_dtype``. ``rope_scaling: null`` means no YaRN.
     """
     refuse_relatives(data)
     reader = Reader(data)
     reader.check_names(names("released"), OPTIONAL)
-    if "torch_dtype" not in data and "dtype" not in data:
-        reader.problems.append("missing field torch_dtype")
     reader.string("transformers_version")  # bookkeeping of whoever wrote the file: any version will do
     reader.boolean("use_cache")
     num_layers, num_mtp = reader.integer("num_hidden_layers"), reader.integer("num_nextn_predict_layers")
@@ -89,7 +87,8 @@ def to_released(config: ModelConfig) -> dict[str, object]:
         "use_cache": True,
         "compress_ratios": [RATIO[kind] for kind in (*config.layer_kinds, *config.mtp_kinds)],
     }
-    if config.storage != "bfloat16":
+    special["torch_dtype"] = "float32" if config.storage == "float32" else "bfloat16"
+    if config.storage in ("fp4", "fp8"):
         special |= {"expert_dtype": config.storage, "quantization_config": dict(QUANTIZATION)}
     return {name: _short(value) if "theta" in name else value for name, value in write_fields(config, special).items()}
 
@@ -160,6 +159,9 @@ def _context_problem(rope: RopeConfig, max_context: int) -> str | None:
 
 def _storage(reader: Reader) -> Storage | None:
     quantised = "quantization_config" in reader.data
+    dtype = _unquantised_dtype(reader)
+    if quantised and dtype == "float32":
+        reader.problem("torch_dtype", "'bfloat16' beside a quantization_config")
     nested = reader.nested("quantization_config")
     if nested is not None:
         nested.check_names(QUANTIZATION)
@@ -167,10 +169,21 @@ def _storage(reader: Reader) -> Storage | None:
             nested.constant(name, expected)
         reader.absorb(nested)
     if "expert_dtype" not in reader.data:
-        return "fp4" if quantised else "bfloat16"
+        return "fp4" if quantised else dtype
     if not quantised:
         return reader.problem("expert_dtype", "no such field in a config without quantization_config")
     return storage_from_expert_dtype(reader)
+
+
+def _unquantised_dtype(reader: Reader) -> Storage | None:
+    """Read ``torch_dtype``, or ``dtype``, its newer name."""
+    field = "dtype" if "torch_dtype" not in reader.data and "dtype" in reader.data else "torch_dtype"
+    if field not in reader.data:
+        return reader.note("missing field torch_dtype")
+    value = reader.string(field)
+    if value is None or value in ("bfloat16", "float32"):
+        return cast(Storage | None, value)
+    return reader.problem(field, "'bfloat16' or 'float32'")
 
 
 def _short(value: object) -> object:

@@ -16,7 +16,7 @@ from dsv4.model.state import CompressorState, LayerState
 from dsv4.ops import compress, index
 from dsv4.ops.attend import Entries, attend
 from dsv4.ops.rmsnorm import rmsnorm
-from dsv4.ops.rope import rotate
+from dsv4.ops.rope import rotate, rotate_unit
 
 
 class Compressor(nn.Module):
@@ -54,9 +54,7 @@ class Compressor(nn.Module):
             )
         else:
             tail = None if state is None else state.tail
-            pooled, tail = compress.compress(
-                kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend
-            )
+            pooled, tail = compress.compress(kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend)
             if state is not None:
                 state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
         entries = rmsnorm(pooled.to(x.dtype), self.norm.weight, self.eps, backend=call.backend)
@@ -85,9 +83,7 @@ class Indexer(nn.Module):
         scale = self.head_dim**-0.5 * self.num_heads**-0.5
         return q, keys, self.weights_proj(x) * scale
 
-    def forward(
-        self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None) -> torch.Tensor:
         """Return the picked entries, [B, T, P] int64."""
         blocks = call.rows.blocks[RATIO["csa"]]
         q, keys, weights = self.project(x, q_low, call, state)
@@ -122,7 +118,7 @@ class Attention(nn.Module):
         rotation = call.token_rotation[self.kind]
         q_low = rmsnorm(self.wq_a(x), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
         q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]
-        q = rotate(rmsnorm(q, None, self.eps, backend=call.backend), *rotation, backend=call.backend)
+        q = rotate_unit(q, *rotation, self.eps, backend=call.backend)
         kv = rmsnorm(self.wkv(x), self.kv_norm.weight, self.eps, backend=call.backend)
         kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
         source = kv if state is None else state.extend_window(kv)
@@ -137,10 +133,15 @@ class Attention(nn.Module):
             backend=call.backend,
         )
         out = rotate(out, *rotation, inverse=True, backend=call.backend)
-        grouped = out.flatten(2).unflatten(-1, (self.groups, -1))  # [B, T, G, H K / G]
-        wo_a = self.wo_a.weight.to(x.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
-        low = torch.einsum("btgi,goi->btgo", grouped, wo_a)
-        return self.wo_b(low.flatten(2))
+        return self.wo_b(self._project_groups(out))
+
+    def _project_groups(self, out: torch.Tensor) -> torch.Tensor:
+        """Map each group of heads by its own part of wo_a: [B, T, H, K] -> [B, T, G * O]."""
+        B, T = out.shape[:2]
+        grouped = out.view(B * T, self.groups, -1).transpose(0, 1)  # [G, B * T, H K / G]
+        wo_a = self.wo_a.weight.to(out.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
+        low = torch.bmm(grouped, wo_a.transpose(1, 2))  # [G, B * T, O]
+        return low.transpose(0, 1).reshape(B, T, -1)
 
     def _entries(self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: LayerState | None) -> Entries | None:
         if self.kind == "window":

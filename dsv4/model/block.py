@@ -12,7 +12,6 @@ from dsv4.model.linear import Norm
 from dsv4.model.moe import MoE
 from dsv4.model.state import LayerState
 from dsv4.ops import mhc
-from dsv4.ops.rmsnorm import rmsnorm
 
 
 class Block(nn.Module):
@@ -35,20 +34,17 @@ class Block(nn.Module):
     def forward(self, streams: torch.Tensor, call: Call, state: LayerState | None) -> torch.Tensor:
         """streams: [B, T, N, D]; returns the same shape."""
         mix = mhc.Mix(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        u, post, comb = self._read(streams, mix, call)
-        y = self.attn(rmsnorm(u, self.attn_norm.weight, self.eps, backend=call.backend), call, state)
-        streams = mhc.post(streams, y, post, comb, backend=call.backend)
+        reading = self._read(streams, mix, self.attn_norm, call)
+        streams = mhc.post(reading, self.attn(reading.x, call, state), backend=call.backend)
         mix = mhc.Mix(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        u, post, comb = self._read(streams, mix, call)
-        y = self.ffn(rmsnorm(u, self.ffn_norm.weight, self.eps, backend=call.backend), call)
-        return mhc.post(streams, y, post, comb, backend=call.backend)
+        reading = self._read(streams, mix, self.ffn_norm, call)
+        return mhc.post(reading, self.ffn(reading.x, call), backend=call.backend)
 
-    def _read(
-        self, streams: torch.Tensor, mix: mhc.Mix, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _read(self, streams: torch.Tensor, mix: mhc.Mix, norm: Norm, call: Call) -> mhc.Reading:
         return mhc.pre(
             streams,
             mix,
+            norm.weight,
             norm_eps=self.eps,
             eps=self.hyper.eps,
             iterations=self.hyper.sinkhorn_iterations,

@@ -43,7 +43,7 @@ def initialize_(model: Transformer, seed: int) -> None:
 def _fill(name: str, parameter: nn.Parameter, config: ModelConfig, generator: torch.Generator) -> None:
     leaf = name.rsplit(".", 1)[-1]
     N = config.hyper_connections.streams
-    if leaf.endswith("_fn") or parameter.dim() >= 2 and leaf != "ape":
+    if leaf.endswith("_fn") or (parameter.dim() >= 2 and leaf != "ape"):
         fresh = torch.empty(parameter.shape, dtype=torch.float32)
         parameter.copy_(fresh.normal_(std=config.initializer_range, generator=generator))
     elif leaf.endswith("_scale"):

@@ -64,9 +64,7 @@ def packed(segment_ids: torch.Tensor, ratios: Iterable[int]) -> Rows:
     is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     start = (token * is_start).cummax(dim=1).values  # [B, T]: the document's first token
     positions = token - start
-    return Rows(
-        positions=positions, raw_begin=start, blocks={m: _packed_blocks(positions, start, m) for m in ratios}
-    )
+    return Rows(positions=positions, raw_begin=start, blocks={m: _packed_blocks(positions, start, m) for m in ratios})
 
 
 def _packed_blocks(positions: torch.Tensor, start: torch.Tensor, ratio: int) -> Blocks:
@@ -80,6 +78,4 @@ def _packed_blocks(positions: torch.Tensor, start: torch.Tensor, ratio: int) -> 
     offset = torch.arange(1 - ratio, 1, device=positions.device)
     tokens = torch.where(is_entry[..., None], close[..., None] + offset, 0)  # [B, C, m]
     entry_positions = positions.gather(1, tokens[..., 0])
-    return Blocks(
-        begin=begin, end=end, entry_positions=entry_positions, tokens=tokens, is_first=entry_positions == 0
-    )
+    return Blocks(begin=begin, end=end, entry_positions=entry_positions, tokens=tokens, is_first=entry_positions == 0)

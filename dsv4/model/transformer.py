@@ -168,9 +168,7 @@ class Transformer(nn.Module):
         """hidden: [..., D]; returns [..., V] float32, multiplied in float32."""
         return self.head(hidden.float())
 
-    def _check(
-        self, token_ids: torch.Tensor, state: State | None, segment_ids: torch.Tensor | None, mtp: bool
-    ) -> None:
+    def _check(self, token_ids: torch.Tensor, state: State | None, segment_ids: torch.Tensor | None, mtp: bool) -> None:
         """Refuse anything that cannot be computed, before any of it is."""
         if token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64")
@@ -195,7 +193,9 @@ class Transformer(nn.Module):
             )
         if segment_ids is not None:
             if state is not None:
-                raise ValueError("segment_ids and state are both given; expected one of them: a state holds one document")
+                raise ValueError(
+                    "segment_ids and state are both given; expected one of them: a state holds one document"
+                )
             if segment_ids.dtype != torch.int64 or segment_ids.shape != token_ids.shape:
                 raise ValueError(
                     f"segment_ids is {segment_ids.dtype} {list(segment_ids.shape)}; expected torch.int64 {[B, T]}"
@@ -220,5 +220,11 @@ def _fold(module: nn.Module, config: ModelConfig, streams: torch.Tensor, backend
     mix = mhc.Mix(
         module.get_parameter("hc_head_fn"), module.get_parameter("hc_head_base"), module.get_parameter("hc_head_scale")
     )
-    u = mhc.head(streams, mix, norm_eps=config.norm_eps, eps=config.hyper_connections.eps, backend=backend)
-    return rmsnorm(u, module.get_parameter("norm.weight"), config.norm_eps, backend=backend)
+    return mhc.head(
+        streams,
+        mix,
+        module.get_parameter("norm.weight"),
+        norm_eps=config.norm_eps,
+        eps=config.hyper_connections.eps,
+        backend=backend,
+    )

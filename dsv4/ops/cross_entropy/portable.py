@@ -31,14 +31,12 @@ class _CrossEntropy(torch.autograd.Function):
         for t in range(0, T, step):
             now = slice(t, t + step)
             logits = hidden[now].to(wide) @ head.T  # [t, V]
+            log_likelihood = logits.log_softmax(dim=-1)
             target = targets[now, None]
-            chosen = logits.gather(-1, target)
-            peak = logits.amax(dim=-1, keepdim=True)
-            total = logits.sub_(peak).exp_().sum(dim=-1, keepdim=True)
-            nll[now] = (peak + total.log() - chosen)[:, 0]
+            nll[now] = -log_likelihood.gather(-1, target)[:, 0]
             if needs_grad:
                 factor = token_weights[now, None].to(wide)
-                grad_logits = logits.mul_(factor / total).scatter_add_(-1, target, -factor).to(hidden.dtype)
+                grad_logits = log_likelihood.exp_().mul_(factor).scatter_add_(-1, target, -factor).to(hidden.dtype)
                 grad_hidden[now] = grad_logits @ narrow
                 grad_weight += grad_logits.T @ hidden[now]
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -1,9 +1,14 @@
-"""Experts over tokens grouped by expert: one matrix product an expert and weight, nothing padded."""
+"""Experts over tokens grouped by expert: one matrix product an expert and weight."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+ROWS = 64  # an expert's group of many tokens is filled up to a multiple of this
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -21,31 +26,64 @@ def experts(
     limit: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts``."""
-    slot = chosen.flatten().argsort(stable=True)  # [T * A]: slots t * A + a, grouped by expert
-    counts = torch.bincount(chosen.flatten(), minlength=w1.shape[0]).tolist()
-    return _Experts.apply(x, weights, w1, w2, w3, slot, counts, limit)
+    return _Experts.apply(x, weights, w1, w2, w3, _group(chosen.flatten(), w1.shape[0]), limit)
+
+
+class _Groups(NamedTuple):
+    """Slots (token, choice) grouped by expert, each group filled up to a whole number of rows.
+
+    slots: [n] the slot of each row; fillers hold the number one past the last slot, and read zeros.
+    places: [T * A] the row of each slot. spans: each used expert with its rows.
+    """
+
+    slots: torch.Tensor
+    places: torch.Tensor
+    spans: list[tuple[int, slice]]
+
+
+def _group(chosen: torch.Tensor, num_experts: int) -> _Groups:
+    """Group slots by chosen expert, [T * A] int64.
+
+    With whole groups the matrix products come in few sizes, for which the library keeps its plans: planning
+    a new size costs more than the rows it saves.
+    """
+    num_slots = chosen.shape[0]
+    whole = ROWS if num_slots >= ROWS * num_experts else 1
+    counts = torch.bincount(chosen, minlength=num_experts)
+    filled = (counts + whole - 1) // whole * whole
+    grouped = chosen.argsort(stable=True)
+    shift = (filled.cumsum(0) - filled) - (counts.cumsum(0) - counts)  # fillers before each expert's group
+    row = torch.arange(num_slots, device=chosen.device) + shift[chosen[grouped]]
+    sizes = filled.tolist()
+    slots = grouped.new_full((sum(sizes),), num_slots).index_copy_(0, row, grouped)
+    places = torch.empty_like(grouped).index_copy_(0, grouped, row)
+    spans, start = [], 0
+    for expert, size in enumerate(sizes):
+        if size:
+            spans.append((expert, slice(start, start + size)))
+        start += size
+    return _Groups(slots, places, spans)
 
 
 def _activate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
     """The clamped SwiGLU in at least float32."""
     wide = torch.promote_types(gate.dtype, torch.float32)
-    clipped = up.to(wide).clamp(-limit, limit)
-    return torch.nn.functional.silu(gate.to(wide).clamp(max=limit)).mul_(clipped)
+    return F.silu(gate.to(wide).clamp(max=limit)).mul_(up.to(wide).clamp(-limit, limit))
 
 
 def _activate_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up; nothing passes where the clamp holds."""
-    wide = grad.dtype
-    g, v = gate.to(wide).clamp(max=limit), up.to(wide).clamp(-limit, limit)
-    sigmoid = torch.sigmoid(g)
-    silu = g * sigmoid
-    grad_up = grad * silu
-    grad_gate = silu.mul_(1 - sigmoid).add_(sigmoid).mul_(grad).mul_(v)  # silu' = s + g s (1 - s)
-    grad_gate.masked_fill_(gate > limit, 0)
-    grad_up.masked_fill_(up.abs() > limit, 0)
-    return grad_gate.to(gate.dtype), grad_up.to(up.dtype)
+    """Gradients of gate and up. Nothing passes at or beyond a clamp's limit."""
+    wide_gate, wide_up = gate.to(grad.dtype), up.to(grad.dtype)
+    g, v = wide_gate.clamp(max=limit), wide_up.clamp(-limit, limit)
+    grad_up = _clamp_backward(F.silu(g).mul_(grad), wide_up, -limit, limit)
+    grad_gate = torch.ops.aten.silu_backward(v.mul_(grad), g)
+    return _clamp_backward(grad_gate, wide_gate, -torch.inf, limit).to(gate.dtype), grad_up.to(up.dtype)
+
+
+def _clamp_backward(grad: torch.Tensor, x: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
+    return torch.ops.aten.hardtanh_backward(grad, x, lowest, highest)  # one pass, where a mask takes three
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -65,55 +103,56 @@ class _SwiGLU(torch.autograd.Function):
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w1, w2, w3, slot, counts, limit):
+    def forward(ctx, x, weights, w1, w2, w3, groups, limit):
         wide = torch.promote_types(x.dtype, torch.float32)
-        token = slot // weights.shape[1] if weights.shape[1] else slot  # [T * A]
-        weight = weights.flatten()[slot, None].to(wide)  # [T * A, 1]
-        gate, up = (x.new_empty(len(slot), w1.shape[1]) for _ in range(2))  # [T * A, F]
-        out = torch.zeros_like(x, dtype=wide)
-        for expert, now in _spans(counts):
-            rows = x[token[now]]
-            torch.mm(rows, w1[expert].to(x.dtype).T, out=gate[now])
-            torch.mm(rows, w3[expert].to(x.dtype).T, out=up[now])
+        weight = _with_zero(weights.flatten().to(wide))[groups.slots, None]
+        rows = _with_zero(x)[groups.slots // weights.shape[1]]  # [slots, D]
+        gate, up = (x.new_empty(len(rows), w1.shape[1]) for _ in range(2))  # [slots, F]
+        y = torch.empty_like(rows)
+        for expert, now in groups.spans:
+            torch.mm(rows[now], w1[expert].to(x.dtype).T, out=gate[now])
+            torch.mm(rows[now], w3[expert].to(x.dtype).T, out=up[now])
             hidden = _activate(gate[now], up[now], limit).mul_(weight[now]).to(x.dtype)
-            out.index_add_(0, token[now], (hidden @ w2[expert].to(x.dtype).T).to(wide))
-        ctx.save_for_backward(x, weights, w1, w2, w3, slot, gate, up)
-        ctx.counts, ctx.limit = counts, limit
-        return out
+            torch.mm(hidden, w2[expert].to(x.dtype).T, out=y[now])
+        ctx.save_for_backward(x, weights, w1, w2, w3, gate, up)
+        ctx.groups, ctx.limit = groups, limit
+        return _sum_choices(y, groups.places, weights.shape[1], wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weights, w1, w2, w3, slot, gate, up = ctx.saved_tensors
-        wide = grad.dtype
-        token = slot // weights.shape[1]
-        weight = weights.flatten()[slot, None].to(wide)
-        grad_x = torch.zeros_like(grad)
-        grad_weight = grad.new_empty(len(slot))
+        x, weights, w1, w2, w3, gate, up = ctx.saved_tensors
+        groups, wide, dtype = ctx.groups, grad.dtype, x.dtype
+        token = groups.slots // weights.shape[1]
+        weight = _with_zero(weights.flatten().to(wide))[groups.slots, None]
+        rows, grad_rows = _with_zero(x)[token], _with_zero(grad.to(dtype))[token]  # [slots, D]
+        grad_weight = grad.new_empty(len(rows))
         grad_w1, grad_w2, grad_w3 = (torch.zeros_like(w) for w in (w1, w2, w3))
-        narrow = grad.to(x.dtype)
-        for expert, now in _spans(ctx.counts):
-            rows, grad_rows = x[token[now]], narrow[token[now]]
+        for expert, now in groups.spans:
             activated = _activate(gate[now], up[now], ctx.limit)  # [n, F] wide
-            grad_hidden = (grad_rows @ w2[expert].to(x.dtype)).to(wide)
+            grad_hidden = torch.mm(grad_rows[now], w2[expert].to(dtype)).to(wide)
             grad_weight[now] = torch.linalg.vecdot(grad_hidden, activated)
-            hidden = activated.mul_(weight[now]).to(x.dtype)
-            grad_w2[expert] = grad_rows.T @ hidden
+            grad_w2[expert] = torch.mm(grad_rows[now].T, activated.mul_(weight[now]).to(dtype))
             grad_gate, grad_up = _activate_backward(grad_hidden.mul_(weight[now]), gate[now], up[now], ctx.limit)
-            grad_w1[expert] = grad_gate.T @ rows
-            grad_w3[expert] = grad_up.T @ rows
-            grad_rows = torch.mm(grad_gate, w1[expert].to(x.dtype)).addmm_(grad_up, w3[expert].to(x.dtype))
-            grad_x.index_add_(0, token[now], grad_rows.to(wide))
-        grad_weights = torch.empty_like(grad_weight).index_copy_(0, slot, grad_weight)
-        grad_weights = grad_weights.view(weights.shape).to(weights.dtype)
-        return grad_x.to(x.dtype), grad_weights, grad_w1, grad_w2, grad_w3, None, None, None
+            grad_w1[expert] = torch.mm(grad_gate.T, rows[now])
+            grad_w3[expert] = torch.mm(grad_up.T, rows[now])
+            # This expert's gradient rows are used up: they give their place to the gradient of its inputs.
+            torch.mm(grad_gate, w1[expert].to(dtype), out=grad_rows[now])
+            grad_rows[now].addmm_(grad_up, w3[expert].to(dtype))
+        grad_x = _sum_choices(grad_rows, groups.places, weights.shape[1], wide).to(dtype)
+        grad_weights = grad_weight[groups.places].view(weights.shape).to(weights.dtype)
+        return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None
 
 
-def _spans(counts: list[int]) -> list[tuple[int, slice]]:
-    """The experts that have tokens, each with its slice of the grouped slots."""
-    spans, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, slice(start, start + count)))
-        start += count
-    return spans
+def _sum_choices(y: torch.Tensor, places: torch.Tensor, num_choices: int, dtype: torch.dtype) -> torch.Tensor:
+    """Add up each token's rows of y [slots, D], in the order of its choices: [T, D]."""
+    by_choice = places.view(-1, num_choices).T.contiguous()  # [A, T]
+    total = y.index_select(0, by_choice[0]).to(dtype)
+    for rows in by_choice[1:]:
+        total += y.index_select(0, rows)
+    return total
+
+
+def _with_zero(x: torch.Tensor) -> torch.Tensor:
+    """Append a row of zeros, the one that fillers read."""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])

@@ -6,6 +6,7 @@ import torch
 
 SCORES_HELD = 1 << 21  # scores of one group of queries, elements
 DOTS_HELD = 1 << 20  # per-head products of one group with one slice of entries, elements
+ENTRIES_AT_ONCE = 512  # entries of such a slice, more when the group is small
 
 
 def select(
@@ -23,7 +24,7 @@ def select(
     if picked.numel() == 0:
         return picked
     keys = k.float().transpose(1, 2)  # [B, J, C]
-    group = max(1, SCORES_HELD // (B * num_entries))
+    group = max(1, min(SCORES_HELD // (B * num_entries), DOTS_HELD // (B * q.shape[2] * ENTRIES_AT_ONCE)))
     for t in range(0, T, group):
         now = slice(t, t + group)
         last = min(int(entry_end[:, now].max()), num_entries)
@@ -32,7 +33,7 @@ def select(
         scores = _scores(q[:, now].float(), keys[..., :last], weights[:, now].float())
         entry = torch.arange(last, device=q.device)
         hidden = (entry < entry_begin[:, now, None]) | (entry >= entry_end[:, now, None])  # [B, g, C]
-        scores.masked_fill_(hidden, -torch.inf)
+        scores = torch.where(hidden, -torch.inf, scores)
         width = min(num_picks, last)
         picked[:, now, :width] = _best(scores, width)
     return picked
@@ -43,7 +44,7 @@ def _scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch
     B, g, num_heads, _ = q.shape
     num_entries = keys.shape[-1]
     scores = q.new_empty(B, g, num_entries)
-    step = max(64, DOTS_HELD // (B * g * num_heads))
+    step = max(ENTRIES_AT_ONCE, DOTS_HELD // (B * g * num_heads))
     rows = q.flatten(1, 2)  # [B, g * I, J]
     for c in range(0, num_entries, step):
         dots = torch.bmm(rows, keys[..., c : c + step]).relu_()  # [B, g * I, c]

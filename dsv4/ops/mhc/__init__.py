@@ -32,65 +32,77 @@ class Mix(NamedTuple):
     scale: torch.Tensor
 
 
+class Reading(NamedTuple):
+    """What a sub-layer takes from the streams, and what ``post`` needs to write its output back.
+
+    x: [B, T, D], the normalised input of the sub-layer, in the dtype of the streams. post: [B, T, N] and
+    comb: [B, T, N, N], float32. streams: the streams themselves; ``post`` takes them from here, so that one
+    backward pass adds up both of their gradients.
+    """
+
+    x: torch.Tensor
+    post: torch.Tensor
+    comb: torch.Tensor
+    streams: torch.Tensor
+
+
 def pre(
     streams: torch.Tensor,
     mix: Mix,
+    norm_weight: torch.Tensor,
     *,
     norm_eps: float,
     eps: float,
     iterations: int,
     backend: Backend = "portable",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the sub-layer's input off the streams.
-
-    streams: [B, T, N, D]. Returns u [B, T, D] in the dtype of streams, post [B, T, N] and
-    comb [B, T, N, N], float32.
-    """
+) -> Reading:
+    """Read a sub-layer's input off the streams, [B, T, N, D], and RMS-normalise it with norm_weight [D]."""
     shapes = Shapes()
     shapes.check("streams", streams, "B T N D")
     N, D = streams.shape[2:]
     shapes.check("mix.fn", mix.fn, f"{N * (2 + N)} {N * D}")
     shapes.check("mix.base", mix.base, f"{N * (2 + N)}")
     shapes.check("mix.scale", mix.scale, "3")
+    shapes.check("norm_weight", norm_weight, "D")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; expected at least 1")
     chosen = pick(backend, reference=reference.pre, portable=portable.pre)
-    return chosen(streams, mix.fn, mix.base, mix.scale, norm_eps, eps, iterations)
+    return Reading(*chosen(streams, mix.fn, mix.base, mix.scale, norm_weight, norm_eps, eps, iterations))
 
 
-def post(
-    streams: torch.Tensor,
-    y: torch.Tensor,
-    post_weights: torch.Tensor,
-    comb: torch.Tensor,
-    *,
-    backend: Backend = "portable",
-) -> torch.Tensor:
-    """Write the sub-layer's output back: X'_k = post_k y + sum_j comb_jk X_j.
+def post(reading: Reading, y: torch.Tensor, *, backend: Backend = "portable") -> torch.Tensor:
+    """Write the sub-layer's output y [B, T, D] back: X'_k = post_k y + sum_j comb_jk X_j.
 
-    streams: [B, T, N, D]; y: [B, T, D]; post_weights: [B, T, N]; comb: [B, T, N, N].
-    Returns [B, T, N, D] in the dtype of streams, summed in float32.
+    Returns [B, T, N, D] in the dtype of the streams, summed in float32.
     """
     shapes = Shapes()
-    shapes.check("streams", streams, "B T N D")
+    shapes.check("reading.streams", reading.streams, "B T N D")
     shapes.check("y", y, "B T D")
-    shapes.check("post_weights", post_weights, "B T N")
-    shapes.check("comb", comb, "B T N N")
-    return pick(backend, reference=reference.post, portable=portable.post)(streams, y, post_weights, comb)
+    shapes.check("reading.post", reading.post, "B T N")
+    shapes.check("reading.comb", reading.comb, "B T N N")
+    chosen = pick(backend, reference=reference.post, portable=portable.post)
+    return chosen(reading.streams, y, reading.post, reading.comb)
 
 
 def head(
-    streams: torch.Tensor, mix: Mix, *, norm_eps: float, eps: float, backend: Backend = "portable"
+    streams: torch.Tensor,
+    mix: Mix,
+    norm_weight: torch.Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    backend: Backend = "portable",
 ) -> torch.Tensor:
-    """Fold the streams into one after the last layer: sum_j pre_j X_j, [B, T, D] in the dtype of streams."""
+    """Fold the streams into one after the last layer, sum_j pre_j X_j, and normalise: [B, T, D]."""
     shapes = Shapes()
     shapes.check("streams", streams, "B T N D")
     N, D = streams.shape[2:]
     shapes.check("mix.fn", mix.fn, f"{N} {N * D}")
     shapes.check("mix.base", mix.base, f"{N}")
     shapes.check("mix.scale", mix.scale, "1")
+    shapes.check("norm_weight", norm_weight, "D")
     chosen = pick(backend, reference=reference.head, portable=portable.head)
-    return chosen(streams, mix.fn, mix.base, mix.scale, norm_eps, eps)
+    return chosen(streams, mix.fn, mix.base, mix.scale, norm_weight, norm_eps, eps)
 
 
 def sinkhorn(logits: torch.Tensor, *, eps: float, iterations: int, backend: Backend = "portable") -> torch.Tensor:

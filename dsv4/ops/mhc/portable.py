@@ -17,14 +17,17 @@ def pre(
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    norm_weight: torch.Tensor,
     norm_eps: float,
     eps: float,
     iterations: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``dsv4.ops.mhc.pre``."""
     B, T, N, D = streams.shape
-    u, post_weights, comb = _Pre.apply(streams.view(B * T, N, D), fn, base, scale, norm_eps, eps, iterations)
-    return u.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N)
+    x, post_weights, comb, carried = _Pre.apply(
+        streams.view(B * T, N, D), fn, base, scale, norm_weight, norm_eps, eps, iterations
+    )
+    return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
 
 
 def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
@@ -34,12 +37,18 @@ def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, com
 
 
 def head(
-    streams: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, eps: float
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.mhc.head``."""
     B, T, N, D = streams.shape
-    u, _, _ = _Pre.apply(streams.view(B * T, N, D), fn, base, scale, norm_eps, eps, 0)
-    return u.view(B, T, D)
+    x, _, _, _ = _Pre.apply(streams.view(B * T, N, D), fn, base, scale, norm_weight, norm_eps, eps, 0)
+    return x.view(B, T, D)
 
 
 def sinkhorn(logits: torch.Tensor, eps: float, iterations: int) -> torch.Tensor:
@@ -49,24 +58,27 @@ def sinkhorn(logits: torch.Tensor, eps: float, iterations: int) -> torch.Tensor:
     return _Sinkhorn.apply(token_last, eps, iterations).permute(2, 0, 1).reshape(logits.shape)
 
 
-def _sinkhorn_rounds(logits: torch.Tensor, eps: float, iterations: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return every intermediate matrix [N, N, T], first the bare softmax, and the result."""
+def _sinkhorn_rounds(
+    logits: torch.Tensor, eps: float, iterations: int
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return the bare softmax of [N, N, T] logits, and each normalisation's result with its divisor."""
     softmax = logits.softmax(dim=1)
-    kept = [softmax]
     comb = softmax + eps
+    rounds = []
     for half_round in range(2 * iterations - 1):
-        kept.append(comb)
-        comb = comb / (comb.sum(dim=half_round % 2, keepdim=True) + eps)
-    return kept, comb
+        total = comb.sum(dim=half_round % 2, keepdim=True).add_(eps)
+        comb = comb / total
+        rounds.append((comb, total))
+    return softmax, rounds
 
 
-def _sinkhorn_backward(grad: torch.Tensor, kept: list[torch.Tensor], eps: float) -> torch.Tensor:
+def _sinkhorn_backward(
+    grad: torch.Tensor, softmax: torch.Tensor, rounds: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
     """Gradient of the logits from that of the result."""
-    for half_round in range(len(kept) - 2, -1, -1):
-        before, axis = kept[half_round + 1], half_round % 2
-        total = before.sum(dim=axis, keepdim=True) + eps
-        grad = (grad - (grad * before).sum(dim=axis, keepdim=True) / total) / total
-    softmax = kept[0]
+    for half_round in range(len(rounds) - 1, -1, -1):
+        comb, total = rounds[half_round]
+        grad = (grad - (grad * comb).sum(dim=half_round % 2, keepdim=True)).div_(total)
     return softmax * (grad - (grad * softmax).sum(dim=1, keepdim=True))
 
 
@@ -75,89 +87,122 @@ class _Sinkhorn(torch.autograd.Function):
     def forward(ctx, logits, eps, iterations):
         ctx.save_for_backward(logits)
         ctx.eps, ctx.iterations = eps, iterations
-        return _sinkhorn_rounds(logits, eps, iterations)[1]
+        return _sinkhorn_rounds(logits, eps, iterations)[1][-1][0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (logits,) = ctx.saved_tensors
-        kept, _ = _sinkhorn_rounds(logits, ctx.eps, ctx.iterations)
-        return _sinkhorn_backward(grad, kept, ctx.eps), None, None
+        return _sinkhorn_backward(grad, *_sinkhorn_rounds(logits, ctx.eps, ctx.iterations)), None, None
+
+
+def _parts(scale: torch.Tensor, N: int) -> tuple[int, ...]:
+    """How many mixes each number of the scale multiplies: pre, post and comb, or pre alone at the head."""
+    return (N, N, N * N) if scale.numel() == 3 else (N,)
+
+
+def _per_row(scale: torch.Tensor, N: int) -> torch.Tensor:
+    """The scale of each mix, [M]."""
+    return torch.cat([one.expand(size) for one, size in zip(scale, _parts(scale, N), strict=True)])
 
 
 def _logits(mixes: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, N: int) -> torch.Tensor:
-    """Affine map of the mixes, token-last: [M, T]. At the head M = N and the scale is one number."""
-    per_row = scale if scale.numel() == 1 else scale.repeat_interleave(scale.new_tensor([N, N, N * N]).long())
-    return torch.addcmul(base[:, None], per_row[:, None], mixes.T)
+    """The affine map of the mixes, token-last: [M, T]."""
+    return torch.addcmul(base[:, None], _per_row(scale, N)[:, None], mixes.T).contiguous()
 
 
 class _Pre(torch.autograd.Function):
+    """Reading and normalisation. With no iterations there is a head's read alone, without post and comb."""
+
     @staticmethod
-    def forward(ctx, streams, fn, base, scale, norm_eps, eps, iterations):
+    def forward(ctx, streams, fn, base, scale, norm_weight, norm_eps, eps, iterations):
         T, N, D = streams.shape
-        M = fn.shape[0]
-        mixes, inverse_rms = fn.new_empty(T, M), fn.new_empty(T, 1)
-        for t in range(0, T, TOKENS_AT_ONCE):
-            flat = streams[t : t + TOKENS_AT_ONCE].flatten(1).to(fn.dtype)  # [t, N * D]
-            norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True)
-            inverse_rms[t : t + TOKENS_AT_ONCE] = torch.rsqrt(norm.square() / (N * D) + norm_eps)
-            mixes[t : t + TOKENS_AT_ONCE] = flat @ fn.T
-        mixes.mul_(inverse_rms)
-        logits = _logits(mixes, base, scale, N)  # [M, T]
-        pre_weights = torch.sigmoid(logits[:N]).add_(eps).T.contiguous()  # [T, N]
-        u = streams.new_empty(T, D)
+        mixes, inverse_rms = fn.new_empty(T, fn.shape[0]), fn.new_empty(T, 1)
+        x = streams.new_empty(T, D)
         for t in range(0, T, TOKENS_AT_ONCE):
             now = slice(t, t + TOKENS_AT_ONCE)
-            u[now] = torch.bmm(pre_weights[now, None], streams[now].to(fn.dtype))[:, 0]
+            wide = streams[now].to(fn.dtype)  # [t, N, D]
+            inverse_rms[now] = _inverse_rms(wide.flatten(1), norm_eps)
+            mixes[now] = torch.mm(wide.flatten(1), fn.T).mul_(inverse_rms[now])
+            pre_weights = torch.sigmoid(mixes[now, :N] * scale[0] + base[:N]) + eps  # [t, N]
+            u = _read(wide, pre_weights, streams.dtype)
+            x[now] = u.mul_(_inverse_rms(u, norm_eps)).mul_(norm_weight.to(u.dtype))
+        logits = _logits(mixes, base, scale, N)  # [M, T]
         post_weights = (2 * torch.sigmoid(logits[N : 2 * N])).T.contiguous()  # [T, N], empty at the head
         comb = fn.new_empty(0)
         if iterations:
-            comb = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), eps, iterations)[1]
-            comb = comb.permute(2, 0, 1).contiguous()  # [T, N, N]
-        ctx.save_for_backward(streams, fn, base, scale, mixes, inverse_rms)
-        ctx.eps, ctx.iterations = eps, iterations
-        return u, post_weights, comb
+            _, rounds = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), eps, iterations)
+            comb = rounds[-1][0].permute(2, 0, 1).contiguous()  # [T, N, N]
+        ctx.save_for_backward(streams, fn, base, scale, norm_weight, mixes, inverse_rms)
+        ctx.norm_eps, ctx.eps, ctx.iterations = norm_eps, eps, iterations
+        ctx.set_materialize_grads(False)
+        return x, post_weights, comb, streams.view_as(streams)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_u, grad_post, grad_comb):
-        streams, fn, base, scale, mixes, inverse_rms = ctx.saved_tensors
+    def backward(ctx, grad_x, grad_post, grad_comb, grad_carried):
+        streams, fn, base, scale, norm_weight, mixes, inverse_rms = ctx.saved_tensors
         T, N, D = streams.shape
         logits = _logits(mixes, base, scale, N)
-        gate = torch.sigmoid(logits[:N])  # [N, T]
-        pre_weights = gate.T + ctx.eps  # [T, N]
-        grad_pre = fn.new_empty(T, N)
-        for t in range(0, T, TOKENS_AT_ONCE):
-            now = slice(t, t + TOKENS_AT_ONCE)
-            grad_pre[now] = torch.bmm(streams[now].to(fn.dtype), grad_u[now, :, None].to(fn.dtype))[..., 0]
-        grad_logits = torch.empty_like(logits)
-        grad_logits[:N] = grad_pre.T * gate * (1 - gate)
-        if ctx.iterations:
-            gate = torch.sigmoid(logits[N : 2 * N])
-            grad_logits[N : 2 * N] = 2 * grad_post.T * gate * (1 - gate)
-            kept, _ = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), ctx.eps, ctx.iterations)
-            grad_comb = grad_comb.permute(1, 2, 0).contiguous()  # [N, N, T]
-            grad_logits[2 * N :] = _sinkhorn_backward(grad_comb, kept, ctx.eps).flatten(0, 1)
-
-        grad_base = grad_logits.sum(dim=1)
-        grad_scale = torch.linalg.vecdot(grad_logits, mixes.T)  # [M]
-        parts = (N,) if scale.numel() == 1 else (N, N, N * N)
-        grad_scale = torch.stack([part.sum() for part in grad_scale.split(parts)])
-        per_row = scale if scale.numel() == 1 else scale.repeat_interleave(scale.new_tensor(parts).long())
-        grad_mixes = (grad_logits * per_row[:, None]).T.contiguous()  # [T, M]
-        # mixes = r fn.x with r = 1 / rms: the streams enter through the product and through r.
-        along = -torch.linalg.vecdot(grad_mixes, mixes)[:, None] * inverse_rms.square() / (N * D)  # [T, 1]
-        grad_mixes.mul_(inverse_rms)
-        grad_fn = torch.zeros_like(fn)
+        gates = torch.sigmoid(logits[: 2 * N])
+        slope = gates * (1 - gates)  # [2N, T], or [N, T] at the head
+        pre_weights = (gates[:N] + ctx.eps).T.contiguous()  # [T, N]
+        grad_logits = torch.zeros_like(logits)
+        if grad_post is not None:
+            grad_logits[N : 2 * N] = 2 * grad_post.T * slope[N:]
+        if grad_comb is not None:
+            rounds = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), ctx.eps, ctx.iterations)
+            grad_logits[2 * N :] = _sinkhorn_backward(grad_comb.permute(1, 2, 0).contiguous(), *rounds).flatten(0, 1)
+        factor = _per_row(scale, N)
+        grad_fn, grad_norm = torch.zeros_like(fn), torch.zeros_like(norm_weight, dtype=fn.dtype)
         grad_streams = torch.empty_like(streams)
         for t in range(0, T, TOKENS_AT_ONCE):
             now = slice(t, t + TOKENS_AT_ONCE)
-            flat = streams[now].flatten(1).to(fn.dtype)
-            grad_fn.addmm_(grad_mixes[now].T, flat)
-            grad_flat = torch.mm(grad_mixes[now], fn).addcmul_(flat, along[now])
-            grad_flat.view(-1, N, D).addcmul_(pre_weights[now, :, None], grad_u[now, None].to(fn.dtype))
-            grad_streams[now] = grad_flat.view(-1, N, D)
-        return grad_streams, grad_fn, grad_base, grad_scale, None, None, None
+            wide = streams[now].to(fn.dtype)  # [t, N, D]
+            grad_logits_now, grad_wide = grad_logits[:, now], None
+            if grad_x is not None:
+                u = _read(wide, pre_weights[now], streams.dtype)
+                grad_u = _norm_backward_(grad_x[now].to(fn.dtype), u, norm_weight, ctx.norm_eps, grad_norm)[:, None]
+                grad_logits_now[:N] = (wide * grad_u).sum(dim=-1).T * slope[:N, now]
+                grad_wide = pre_weights[now, :, None] * grad_u
+            grad_mixes = grad_logits_now.T * factor  # [t, M]
+            # mixes = r fn.x with r = 1 / rms: the streams enter through the product and through r.
+            r = inverse_rms[now]
+            along = (grad_mixes * mixes[now]).sum(dim=-1, keepdim=True) * r.square() / (-N * D)  # [t, 1]
+            grad_mixes.mul_(r)
+            grad_fn.addmm_(grad_mixes.T, wide.flatten(1))
+            grad_flat = (wide * along[..., None]).flatten(1).addmm_(grad_mixes, fn)
+            if grad_wide is not None:
+                grad_flat += grad_wide.flatten(1)
+            if grad_carried is not None:
+                grad_flat += grad_carried[now].flatten(1)
+            grad_streams[now] = grad_flat.view_as(wide)
+        grad_scale = (grad_logits * mixes.T).sum(dim=1)  # [M]
+        grad_scale = torch.stack([part.sum() for part in grad_scale.split(_parts(scale, N))])
+        grad_norm = grad_norm.to(norm_weight.dtype)
+        return grad_streams, grad_fn, grad_logits.sum(dim=1), grad_scale, grad_norm, None, None, None
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
+
+
+def _read(wide: torch.Tensor, pre_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum the streams [t, N, D] with these weights, rounded to dtype and back: [t, D] wide."""
+    return torch.bmm(pre_weights[:, None], wide)[:, 0].to(dtype).to(wide.dtype)
+
+
+def _norm_backward_(
+    grad: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, eps: float, grad_weight: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of u [t, D] through its normalisation; adds that of the weight into grad_weight."""
+    inverse_rms = _inverse_rms(u, eps)
+    normed = u * inverse_rms
+    grad_weight += (grad * normed).sum(dim=0)
+    grad = grad * weight.to(grad.dtype)
+    along = (grad * normed).sum(dim=-1, keepdim=True) / u.shape[-1]
+    return grad.addcmul_(normed, along, value=-1).mul_(inverse_rms)
 
 
 class _Post(torch.autograd.Function):
@@ -184,6 +229,6 @@ class _Post(torch.autograd.Function):
             grad_now = grad[now].to(wide)  # [t, N, D]
             grad_streams[now] = torch.bmm(comb[now], grad_now)
             grad_y[now] = torch.bmm(post_weights[now, None], grad_now)[:, 0]
-            grad_post[now] = torch.bmm(grad_now, y[now, :, None].to(wide))[..., 0]
+            grad_post[now] = (grad_now * y[now, None].to(wide)).sum(dim=-1)
             grad_comb[now] = torch.bmm(streams[now].to(wide), grad_now.transpose(1, 2))
         return grad_streams, grad_y, grad_post, grad_comb

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dsv4.ops.rmsnorm.reference import rmsnorm
+
 
 def mixes(streams: torch.Tensor, fn: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """Project the normalised streams: [B, T, M]. The normalisation runs over all N * D values."""
@@ -27,17 +29,19 @@ def pre(
     fn: torch.Tensor,
     base: torch.Tensor,
     scale: torch.Tensor,
+    norm_weight: torch.Tensor,
     norm_eps: float,
     eps: float,
     iterations: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``dsv4.ops.mhc.pre``."""
     N = streams.shape[2]
     m = mixes(streams, fn, norm_eps)
     pre_weights = torch.sigmoid(scale[0] * m[..., :N] + base[:N]) + eps
     post_weights = 2 * torch.sigmoid(scale[1] * m[..., N : 2 * N] + base[N : 2 * N])
     logits = (scale[2] * m[..., 2 * N :] + base[2 * N :]).unflatten(-1, (N, N))  # [B, T, N, N], row by row
-    return read(streams, pre_weights), post_weights, sinkhorn(logits, eps, iterations)
+    x = rmsnorm(read(streams, pre_weights), norm_weight, norm_eps)
+    return x, post_weights, sinkhorn(logits, eps, iterations), streams
 
 
 def read(streams: torch.Tensor, pre_weights: torch.Tensor) -> torch.Tensor:
@@ -52,7 +56,14 @@ def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, com
 
 
 def head(
-    streams: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, norm_eps: float, eps: float
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.mhc.head``."""
-    return read(streams, torch.sigmoid(scale[0] * mixes(streams, fn, norm_eps) + base) + eps)
+    pre_weights = torch.sigmoid(scale[0] * mixes(streams, fn, norm_eps) + base) + eps
+    return rmsnorm(read(streams, pre_weights), norm_weight, norm_eps)

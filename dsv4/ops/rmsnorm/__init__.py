@@ -12,9 +12,7 @@ from dsv4.ops.rmsnorm import portable, reference
 from dsv4.ops.shapes import Shapes, check_floating
 
 
-def rmsnorm(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, backend: Backend = "portable"
-) -> torch.Tensor:
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, backend: Backend = "portable") -> torch.Tensor:
     """Normalise the last dimension of ``x``.
 
     x: [..., D] float; weight: [D] float or None; returns [..., D] in the dtype of x.

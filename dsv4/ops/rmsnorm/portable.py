@@ -17,9 +17,9 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [..., 1]
-        y = x * inverse_rms  # wide
+        y = x.to(wide) * inverse_rms
         if weight is not None:
-            y.mul_(weight)
+            y.mul_(weight.to(wide))
         ctx.save_for_backward(x, weight, inverse_rms)
         return y.to(x.dtype)
 
@@ -27,12 +27,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms  # [..., D] wide
-        scaled = grad.to(normed.dtype) if weight is None else grad * weight.to(normed.dtype)
+        normed = x.to(inverse_rms.dtype) * inverse_rms  # [..., D] wide
+        grad = grad.to(normed.dtype)
         grad_weight = None
-        if weight is not None and ctx.needs_input_grad[1]:
-            grad_weight = (normed * grad).flatten(0, -2).sum(0).to(weight.dtype)
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                grad_weight = (normed * grad).flatten(0, -2).sum(0).to(weight.dtype)
+            grad = grad * weight.to(normed.dtype)
         # y = x r, dr/dx = -r^3 x / D: the part of the gradient along x is removed.
-        along = torch.linalg.vecdot(scaled, normed).unsqueeze(-1) / x.shape[-1]
-        grad_x = torch.addcmul(scaled, normed, along, value=-1).mul_(inverse_rms)
+        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight, None

@@ -80,3 +80,18 @@ def rotate(
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
     return pick(backend, reference=reference.rotate, portable=portable.rotate)(x, cos, -sin if inverse else sin)
+
+
+def rotate_unit(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, *, backend: Backend = "portable"
+) -> torch.Tensor:
+    """RMS-normalise each head over all its channels, without a weight, then rotate: the query's path.
+
+    x: [B, T, H, K] float; cos, sin: [B, T, R / 2] float32; returns the shape and dtype of x.
+    """
+    shapes = Shapes()
+    shapes.check("x", x, "B T H K")
+    shapes.check("cos", cos, "B T r")
+    shapes.check("sin", sin, "B T r")
+    chosen = pick(backend, reference=reference.rotate_unit, portable=portable.rotate_unit)
+    return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)

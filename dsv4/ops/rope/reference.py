@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from dsv4.ops.rmsnorm.reference import rmsnorm
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See ``dsv4.ops.rope.rotate``; cos and sin broadcast against the pairs of x."""
@@ -12,3 +14,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     a, b = turned[..., 0::2], turned[..., 1::2]
     pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)  # [..., R / 2, 2]
     return torch.cat([kept, pairs.flatten(-2).to(x.dtype)], dim=-1)
+
+
+def rotate_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
+    """See ``dsv4.ops.rope.rotate_unit``."""
+    return rotate(rmsnorm(x, None, eps), cos, sin)
