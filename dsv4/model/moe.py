@@ -9,6 +9,7 @@ from torch import nn
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.linear import Linear
+from dsv4.model.recompute import recomputed
 from dsv4.ops import route
 from dsv4.ops.experts import experts, swiglu
 
@@ -66,7 +67,10 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe.expert_dim, dtype)
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit, backend=call.backend))
+        gate, up = self.w1(x), self.w3(x)
+        activated = swiglu(gate, up, self.limit, backend=call.backend)
+        with recomputed(activated, lambda: swiglu(gate, up, self.limit, backend=call.backend)):
+            return self.w2(activated)
 
 
 class MoE(nn.Module):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from dsv4.ops.attend import Entries
 
-BLOCK = 64  # queries whose windows are read together
+BLOCK = 32  # queries whose windows are read together
 SCORES_HELD = 1 << 20  # scores of one group of blocks, elements
 GATHERED_HELD = 1 << 21  # channels of picked entries gathered for one group, elements
 LOG2_E = math.log2(math.e)
@@ -37,34 +37,56 @@ def attend(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``dsv4.ops.attend``."""
-    values, picked, begin, end = entries if entries is not None else (None, None, None, None)
+    if entries is None:
+        values, picked, begin, end = kv.new_empty(kv.shape[0], 0, kv.shape[2]), None, raw_begin, raw_begin
+    else:
+        values, picked, begin, end = entries
     return _Attend.apply(q, kv, sink, raw_begin, values, picked, begin, end, window, scale)
+
+
+class _Part(NamedTuple):
+    """Something a group attends to: its window's raw tokens, or its entries.
+
+    values: [b, S, K], with b = n for raw tokens, B for entries shared by a row, n * s for gathered ones;
+    scores: [n, s, H, S] wide, base 2, -inf where hidden.
+    """
+
+    values: torch.Tensor
+    scores: torch.Tensor
 
 
 class _Group(NamedTuple):
     """A few consecutive blocks of all rows: n = B * blocks of them, s = queries a block.
 
-    Entries are [B, C', K], shared by a row, or [n * s, P, K], gathered for each query.
+    q: [n, s * H, K]; parts: the raw tokens, then the entries if there are any.
     """
 
     queries: slice
     blocks: slice
-    q: torch.Tensor  # [n, s * H, K]
-    raw: torch.Tensor  # [n, L, K], the raw tokens of each block
-    raw_scores: torch.Tensor  # [n, s, H, L] wide, base 2, -inf where hidden
-    entries: torch.Tensor | None
-    entry_scores: torch.Tensor | None  # [n, s, H, C' or P], likewise
+    q: torch.Tensor
+    parts: list[_Part]
 
 
 class _Layout:
     """How queries fall into blocks and blocks into groups, and where a block's raw tokens lie."""
 
-    def __init__(self, q, kv, raw_begin, values, picked, begin, end, window, scale):
+    def __init__(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        raw_begin: torch.Tensor,
+        values: torch.Tensor,
+        picked: torch.Tensor | None,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        window: int,
+        scale: float,
+    ) -> None:
         self.B, self.T, self.H, self.K = q.shape
         self.q, self.picked, self.begin, self.end = q, picked, begin, end
         self.raw_begin = raw_begin.clamp(min=0)
         self.scale, self.wide = scale, torch.promote_types(q.dtype, torch.float32)
-        num_entries = 0 if values is None else values.shape[1] if picked is None else picked.shape[2]
+        num_entries = values.shape[1] if picked is None else picked.shape[2]
         self.size = min(BLOCK, self.T)
         while self.size > 8 and self.B * self.size * self.H * num_entries > SCORES_HELD:
             self.size //= 2
@@ -93,13 +115,12 @@ class _Layout:
             raw = raw.transpose(2, 3).reshape(-1, self.width, self.K)  # [n, L, K]
             raw_scores = torch.bmm(scaled_q, raw.to(self.wide).transpose(1, 2))
             raw_scores = raw_scores.view(-1, self.size, self.H, self.width)
-            raw_scores.add_(self._bias(self._raw_hidden(queries, blocks)))
-            entries, entry_scores = None, None
+            parts = [_Part(raw, raw_scores.add_(self._bias(self._raw_hidden(queries, blocks))))]
             if self.picked is not None:
-                entries, entry_scores = self._picked_scores(scaled_q, queries, blocks)
-            elif self.values is not None:
-                entries, entry_scores = self._interval_scores(scaled_q, queries, blocks)
-            yield _Group(queries, blocks, q, raw, raw_scores, entries, entry_scores)
+                parts.append(self._picked(scaled_q, self.picked, queries, blocks))
+            elif self.values.shape[1]:
+                parts.append(self._interval(scaled_q, queries, blocks))
+            yield _Group(queries, blocks, q, parts)
 
     def fold(self, x: torch.Tensor, queries: slice, blocks: slice, fill: int = 0) -> torch.Tensor:
         """[B, T, ...] restricted to a group, as [n, s, ...]; queries past the last are ``fill``."""
@@ -113,13 +134,23 @@ class _Layout:
         """[n, s, ...] back to [B, queries, ...]."""
         return x.reshape(self.B, -1, *x.shape[2:])[:, : queries.stop - queries.start]
 
-    def picked_rows(self, queries: slice, blocks: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Picked entries as rows of all B * C, [n, s, P], and which are missing; those read their row's first."""
-        picked = self.fold(self.picked, queries, blocks, fill=-1)
-        row = torch.arange(self.B, device=picked.device).repeat_interleave(len(picked) // self.B)
-        return picked.clamp(min=0) + row[:, None, None] * self.values.shape[1], picked < 0
+    def add_raw_(self, grad_raw: torch.Tensor, grad_window: torch.Tensor, group: _Group) -> None:
+        """Add the gradient of each block's raw tokens, [n, L, K], where they lie in grad_raw."""
+        lying = grad_raw.unflatten(1, (-1, self.size))  # [B, blocks, s, K], a view
+        grad_window = grad_window.view(self.B, -1, self.before + 1, self.size, self.K)
+        for shift in range(self.before + 1):
+            lying[:, group.blocks.start + shift : group.blocks.stop + shift] += grad_window[:, :, shift]
 
-    def raw_gradient_of(self, grad_raw: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def add_entries_(self, grad_values: torch.Tensor, grad_entries: torch.Tensor, group: _Group) -> None:
+        """Add the gradient of a group's entries into grad_values [B, C, K], in a fixed order."""
+        if self.picked is None:
+            grad_values[:, : grad_entries.shape[1]] += grad_entries
+        else:
+            rows = self._rows(self.fold(self.picked, group.queries, group.blocks, fill=-1)).flatten()
+            flat = grad_entries.view(-1, self.K).to(grad_values.dtype)
+            grad_values.view(-1, self.K).index_add_(0, rows, flat)
+
+    def raw_gradient(self, grad_raw: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """The gradient of kv from that of ``raw``: [B, S, K]."""
         if self.front < 0:
             return F.pad(grad_raw[:, : num_tokens + self.front], (0, 0, -self.front, 0))
@@ -132,25 +163,26 @@ class _Layout:
         begin = self.fold(self.raw_begin, queries, blocks) - start  # [n, s]
         return self.is_outside | (self.column < begin[..., None])
 
-    def _picked_scores(
-        self, scaled_q: torch.Tensor, queries: slice, blocks: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, is_missing = self.picked_rows(queries, blocks)
-        entries = self.values.flatten(0, 1).index_select(0, rows.flatten())
-        entries = entries.view(-1, rows.shape[-1], self.K)  # [n * s, P, K]
+    def _picked(self, scaled_q: torch.Tensor, picked: torch.Tensor, queries: slice, blocks: slice) -> _Part:
+        picked = self.fold(picked, queries, blocks, fill=-1)  # [n, s, P]
+        entries = self.values.flatten(0, 1).index_select(0, self._rows(picked).flatten())
+        entries = entries.view(-1, picked.shape[-1], self.K)  # [n * s, P, K]
         scores = torch.bmm(scaled_q.view(-1, self.H, self.K), entries.to(self.wide).transpose(1, 2))
-        return entries, scores.view(-1, self.size, self.H, rows.shape[-1]).add_(self._bias(is_missing))
+        return _Part(entries, scores.view(-1, self.size, self.H, picked.shape[-1]).add_(self._bias(picked < 0)))
 
-    def _interval_scores(
-        self, scaled_q: torch.Tensor, queries: slice, blocks: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, picked: torch.Tensor) -> torch.Tensor:
+        """Picked entries [n, s, P] as rows of all B * C; a missing pick reads its row's first."""
+        row = torch.arange(self.B, device=picked.device).repeat_interleave(len(picked) // self.B)
+        return picked.clamp(min=0) + row[:, None, None] * self.values.shape[1]
+
+    def _interval(self, scaled_q: torch.Tensor, queries: slice, blocks: slice) -> _Part:
         num_seen = max(1, min(int(self.end[:, queries].max()), self.values.shape[1]))
         entries = self.values[:, :num_seen]  # [B, C', K]
         scores = torch.bmm(scaled_q.view(self.B, -1, self.K), entries.to(self.wide).transpose(1, 2))
         entry = torch.arange(num_seen, device=entries.device)
         begin, end = (self.fold(x, queries, blocks)[..., None] for x in (self.begin, self.end))
         hidden = (entry < begin) | (entry >= end)  # [n, s, C']
-        return entries, scores.view(-1, self.size, self.H, num_seen).add_(self._bias(hidden))
+        return _Part(entries, scores.view(-1, self.size, self.H, num_seen).add_(self._bias(hidden)))
 
     def _bias(self, hidden: torch.Tensor) -> torch.Tensor:
         """-inf where hidden [n, s, S], as [n, s, 1, S]: adding it is far cheaper than filling through a mask."""
@@ -166,16 +198,12 @@ class _Attend(torch.autograd.Function):
         log_total = q.new_empty(q.shape[:3], dtype=layout.wide)  # [B, T, H], base 2
         log_sink = sink.to(layout.wide) * LOG2_E
         for group in layout.groups():
-            peak = torch.maximum(group.raw_scores.amax(dim=-1), log_sink)  # [n, s, H]
-            if group.entry_scores is not None:
-                peak = torch.maximum(peak, group.entry_scores.amax(dim=-1))
-            weights = group.raw_scores.sub_(peak[..., None]).exp2_()
-            total = weights.sum(dim=-1) + (log_sink - peak).exp2_()
-            mixed = _mix(weights, group.raw).to(layout.wide)
-            if group.entries is not None:
-                weights = group.entry_scores.sub_(peak[..., None]).exp2_()
-                total += weights.sum(dim=-1)
-                mixed += _mix(weights, group.entries)
+            peak = log_sink  # [n, s, H] from the first part on
+            for part in group.parts:
+                peak = torch.maximum(part.scores.amax(dim=-1), peak)
+            weights = [part.scores.sub_(peak[..., None]).exp2_() for part in group.parts]
+            total = _sum([(log_sink - peak).exp2_(), *(p.sum(dim=-1) for p in weights)])
+            mixed = _sum([_mix(p, part.values) for part, p in zip(group.parts, weights, strict=True)])
             out[:, group.queries] = layout.unfold(mixed.div_(total[..., None]), group.queries)
             log_total[:, group.queries] = layout.unfold(peak + total.log2(), group.queries)
         ctx.save_for_backward(q, kv, sink, raw_begin, values, picked, begin, end, log_total)
@@ -190,48 +218,42 @@ class _Attend(torch.autograd.Function):
         q, kv, sink, raw_begin, values, picked, begin, end, log_total = ctx.saved_tensors
         layout = _Layout(q, kv, raw_begin, values, picked, begin, end, ctx.window, ctx.scale)
         grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_raw = torch.zeros_like(layout.raw, dtype=layout.wide)
-        grad_blocks = grad_raw.unflatten(1, (-1, layout.size))  # [B, blocks, s, K], a view
-        grad_values = None if values is None else torch.zeros_like(values, dtype=layout.wide)
+        grad_raw, grad_values = (torch.zeros_like(x, dtype=layout.wide) for x in (layout.raw, values))
         grad_sink = torch.zeros_like(sink, dtype=layout.wide)
         log_sink = sink.to(layout.wide) * LOG2_E
         for group in layout.groups():
             grad = layout.fold(grad_out, group.queries, group.blocks).flatten(1, 2)  # [n, s * H, K]
-            log_now = layout.fold(log_total, group.queries, group.blocks)[..., None]  # [n, s, H, 1]
+            log_now = layout.fold(log_total, group.queries, group.blocks)  # [n, s, H]
             # d score = p (d p - delta), where delta = sum p d p over everything in the softmax.
-            weights = group.raw_scores.sub_(log_now).exp2_()
-            moved = _project(grad, group.raw, weights).mul_(weights)  # p d p
-            delta = moved.sum(dim=-1, keepdim=True)  # [n, s, H, 1]
-            entry_weights, entry_moved = None, None
-            if group.entries is not None:
-                entry_weights = group.entry_scores.sub_(log_now).exp2_()
-                entry_moved = _project(grad, group.entries, entry_weights).mul_(entry_weights)
-                delta += entry_moved.sum(dim=-1, keepdim=True)
-            grad_sink -= ((log_sink - log_now[..., 0]).exp2_() * delta[..., 0]).flatten(0, 1).sum(dim=0)
+            weights = [part.scores.sub_(log_now[..., None]).exp2_() for part in group.parts]
+            moved = [_project(grad, part.values, p).mul_(p) for part, p in zip(group.parts, weights, strict=True)]
+            delta = _sum([p_dp.sum(dim=-1) for p_dp in moved])  # [n, s, H]
+            grad_sink -= ((log_sink - log_now).exp2_() * delta).flatten(0, 1).sum(dim=0)
 
             scaled_q = (group.q * layout.scale).to(q.dtype)
-            grad_scores = moved.addcmul_(weights, delta, value=-1)
-            mixed = _mix(grad_scores, group.raw).to(layout.wide)
-            grad_window = _key_value_gradient(grad_scores, weights, scaled_q, grad, group.raw)  # [n, L, K]
-            grad_window = grad_window.view(layout.B, -1, layout.before + 1, layout.size, layout.K)
-            for shift in range(layout.before + 1):
-                grad_blocks[:, group.blocks.start + shift : group.blocks.stop + shift] += grad_window[:, :, shift]
-            if group.entries is not None:
-                grad_scores = entry_moved.addcmul_(entry_weights, delta, value=-1)
-                mixed += _mix(grad_scores, group.entries)
-                grad_entries = _key_value_gradient(grad_scores, entry_weights, scaled_q, grad, group.entries)
-                _add_entries_(grad_values, grad_entries, layout, group)
+            grad_scores = [p_dp.addcmul_(p, delta[..., None], value=-1) for p, p_dp in zip(weights, moved, strict=True)]
+            mixed = _sum([_mix(ds, part.values) for part, ds in zip(group.parts, grad_scores, strict=True)])
             grad_q[:, group.queries] = layout.unfold(mixed.mul_(layout.scale), group.queries)
-        grad_kv = layout.raw_gradient_of(grad_raw, kv.shape[1]).to(kv.dtype)
-        grad_values = None if values is None else grad_values.to(values.dtype)
-        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values, *([None] * 5)
+            adders = ((layout.add_raw_, grad_raw), (layout.add_entries_, grad_values))[: len(group.parts)]
+            for (add_, gradient), part, p, ds in zip(adders, group.parts, weights, grad_scores, strict=True):
+                add_(gradient, _key_value_gradient(ds, p, scaled_q, grad, part.values), group)
+        grad_kv = layout.raw_gradient(grad_raw, kv.shape[1]).to(kv.dtype)
+        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values.to(values.dtype), *([None] * 5)
+
+
+def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
+    """Add the terms in order, overwriting the first."""
+    total = terms[0]
+    for term in terms[1:]:
+        total += term
+    return total
 
 
 def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Weighted sums: weights [n, s, H, S], values [b, S, K] with b = n, B or n * s; returns [n, s, H, K]."""
+    """Weighted sums: weights [n, s, H, S], values [b, S, K] with b = n, B or n * s; returns [n, s, H, K] wide."""
     n, s, H, S = weights.shape
     flat = weights.view(values.shape[0], -1, S).to(values.dtype)
-    return torch.bmm(flat, values).view(n, s, H, -1)
+    return torch.bmm(flat, values).view(n, s, H, -1).to(weights.dtype)
 
 
 def _project(grad: torch.Tensor, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -255,13 +277,3 @@ def _key_value_gradient(
     through = torch.cat([x.view(batch, -1, S).to(values.dtype) for x in (grad_scores, weights)], dim=1)
     source = torch.cat([x.reshape(batch, -1, K).to(values.dtype) for x in (scaled_q, grad)], dim=1)
     return torch.bmm(through.transpose(1, 2), source)
-
-
-def _add_entries_(grad_values: torch.Tensor, grad_entries: torch.Tensor, layout: _Layout, group: _Group) -> None:
-    """Add a group's gradient of its entries into grad_values [B, C, K], in a fixed order."""
-    if layout.picked is None:
-        grad_values[:, : grad_entries.shape[1]] += grad_entries
-        return
-    rows, _ = layout.picked_rows(group.queries, group.blocks)
-    grad_entries = grad_entries.view(-1, layout.K).to(grad_values.dtype)
-    grad_values.view(-1, layout.K).index_add_(0, rows.flatten(), grad_entries)

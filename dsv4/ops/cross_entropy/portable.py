@@ -24,14 +24,12 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(wide)
         nll = hidden.new_empty(T, dtype=wide)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(head) if needs_grad else None
-        narrow = weight.to(hidden.dtype) if needs_grad else None
+        grad_hidden, grad_weight = (torch.zeros_like(x) if needs_grad else x.new_empty(0) for x in (hidden, head))
+        narrow = weight.to(hidden.dtype) if needs_grad else weight
         step = max(FEWEST_TOKENS, LOGITS_HELD // V)
         for t in range(0, T, step):
             now = slice(t, t + step)
-            logits = hidden[now].to(wide) @ head.T  # [t, V]
-            log_likelihood = logits.log_softmax(dim=-1)
+            log_likelihood = (hidden[now].to(wide) @ head.T).log_softmax(dim=-1)  # [t, V]
             target = targets[now, None]
             nll[now] = -log_likelihood.gather(-1, target)[:, 0]
             if needs_grad:

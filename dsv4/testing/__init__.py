@@ -1,0 +1,1 @@
+"""What tests and benches share. Nothing else imports it."""
