@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-# Both sum the same float32 products in other orders. Logits reach 6.5 here, so one rounding at their size is
-# 5e-7; a dozen sub-layers each add a few, and later layers amplify them: 1.4e-5 is seen on one CPU. The tolerance
-# is three times that, for machines that sum in yet another order. Structural mistakes: 1e-3 and more (test_traps).
-LOGIT_TOLERANCE = 4e-5
+# Both sum the same float32 products in other orders. Logits reach 7 here, so one rounding at their size is
+# 5e-7; a dozen sub-layers each add a few, and later layers amplify them: 2e-5 is seen on one CPU. The tolerance
+# is three times that, for machines that sum in yet another order. Structural mistakes: 1e-2 and more (test_traps).
+LOGIT_TOLERANCE = 6e-5
 GRADIENT_TOLERANCE = 1e-4  # relative norm: as above, with the roundings of backward on top
 
 MTP_JOIN = ("e_proj", "h_proj", "enorm", "hnorm")

@@ -16,7 +16,7 @@ import torch
 from dsv4.ops import rope
 from dsv4.ops.mhc import reference as mhc_reference
 
-SAME = 4e-5  # rounding, see test_parity
+SAME = 6e-5  # rounding, see test_parity
 TOUCHED = 20 * SAME  # the first position moves by more, which is far from rounding
 MTP_ONLY = -1
 
@@ -208,7 +208,7 @@ MISTAKES = {
     "mix_not_transposed": Mistake(change("dsv4.ops.mhc.post", transposed), 0, 1.5),
     "post_without_its_factor_2": Mistake(change("dsv4.ops.mhc.post", halved), 0, 2.0),
     "sinkhorn_with_3_iterations": Mistake(change("dsv4.ops.mhc.pre", three_rounds), 0, 0.5),
-    "sinkhorn_ending_on_rows": Mistake(change("dsv4.ops.mhc.pre", ending_on_rows), 0, 0.4),
+    "sinkhorn_ending_on_rows": Mistake(change("dsv4.ops.mhc.pre", ending_on_rows), 0, 0.3),
     "rope_pairs_half_split": Mistake(every_rotation(half_split), 1, 3.0),
     "rope_on_the_first_channels": Mistake(every_rotation(first_channels), 1, 3.0),
     "output_not_rotated_back": Mistake(change("dsv4.model.attention.rotate", no_inverse), 1, 3.0),
@@ -221,21 +221,21 @@ MISTAKES = {
     "entries_rotated_to_their_index": Mistake(entries_rotated_to(lambda position, ratio: position // ratio), 7, 1.5),
     "overlap_halves_swapped": Mistake(change("dsv4.ops.compress.pool", swapped_halves), 3, 1.5),
     "window_one_short": Mistake(change("dsv4.model.attention.attend", one_short), 15, 2.0),
-    "csa_entry_seen_one_token_late": Mistake(late(4), 3, 0.8),
-    "csa_entry_seen_one_token_early": Mistake(early(4), 2, 1.0),
-    "hca_entry_seen_one_token_late": Mistake(late(128), 127, 0.5),
+    "csa_entry_seen_one_token_late": Mistake(late(4), 3, 0.6),
+    "csa_entry_seen_one_token_early": Mistake(early(4), 2, 0.8),
+    "hca_entry_seen_one_token_late": Mistake(late(128), 127, 0.3),
     "hca_entry_seen_one_token_early": Mistake(early(128), 126, 0.2),
     "indexer_without_causal_mask": Mistake(change("dsv4.ops.index.select", blind_indexer), 0, 2.0),
-    "no_sink": Mistake(change("dsv4.model.attention.attend", no_sink), 0, 2.0),
+    "no_sink": Mistake(change("dsv4.model.attention.attend", no_sink), 0, 1.7),
     "query_heads_not_normalised": Mistake(change("dsv4.model.attention.rotate_unit", no_unit), 0, 2.0),
-    "shared_expert_not_clamped": Mistake(change("dsv4.model.moe.swiglu", no_clamp), 0, 3.0),
-    "routed_experts_not_clamped": Mistake(change("dsv4.model.moe.experts", no_clamp), 0, 3.0),
+    "shared_expert_not_clamped": Mistake(change("dsv4.model.moe.swiglu", no_clamp), 0, 1.4),
+    "routed_experts_not_clamped": Mistake(change("dsv4.model.moe.experts", no_clamp), 0, 1.2),
     "hash_layers_without_token_ids": Mistake(change_call(no_token_ids), 0, 2.0),
     "hash_layers_without_shared_expert": Mistake(no_shared_expert_in_hash_layers, 0, 2.5),
     "routing_bias_forgotten": Mistake(change("dsv4.ops.route.choose", no_bias), 0, 1.0),
     "final_norm_forgotten": Mistake(change("dsv4.ops.mhc.head", no_final_norm), 0, 9.0),
-    "mtp_treated_as_compressed": Mistake(change_call(mtp_on_the_compress_table), MTP_ONLY, 0.4),
-    "mtp_reads_collapsed_streams": Mistake(change("dsv4.model.transformer.MTP.join", collapsed), MTP_ONLY, 0.15),
+    "mtp_treated_as_compressed": Mistake(change_call(mtp_on_the_compress_table), MTP_ONLY, 0.7),
+    "mtp_reads_collapsed_streams": Mistake(change("dsv4.model.transformer.MTP.join", collapsed), MTP_ONLY, 0.5),
 }
 
 

@@ -24,8 +24,8 @@ from dsv4.ops.shapes import Shapes, check_integer
 class Entries(NamedTuple):
     """Compressed entries and which of them each query sees.
 
-    values: [B, C, K]; picked: [B, T, P] int64, -1 for none; or begin and end: [B, T] int64. Exactly one of
-    ``picked`` and the interval is given.
+    values: [B, C, K]; picked: [B, T, P] int64, distinct for a query, -1 for none; or begin and end: [B, T]
+    int64. Exactly one of ``picked`` and the interval is given.
     """
 
     values: torch.Tensor
@@ -58,18 +58,20 @@ def attend(
     check_integer("raw_begin", raw_begin)
     if kv.shape[1] < q.shape[1]:
         raise ValueError(f"kv has {kv.shape[1]} tokens; expected at least the {q.shape[1]} of q")
+    if window < 1:
+        raise ValueError(f"window is {window}; expected at least 1, the query itself")
     if entries is not None:
         _check_entries(shapes, entries)
     chosen = pick(backend, reference=reference.attend, portable=portable.attend)
-    if entries is not None and entries.values.shape[1] == 0:
+    if entries is not None and 0 in (entries.values.shape[1], 1 if entries.picked is None else entries.picked.shape[2]):
         entries = None
     return chosen(q, kv, sink, raw_begin, entries, window, scale)
 
 
 def _check_entries(shapes: Shapes, entries: Entries) -> None:
     shapes.check("entries.values", entries.values, "B C K")
-    has_interval = entries.begin is not None and entries.end is not None
-    if (entries.picked is not None) == has_interval:
+    given = tuple(x is not None for x in (entries.picked, entries.begin, entries.end))
+    if given not in ((True, False, False), (False, True, True)):
         raise ValueError("entries give picked and an interval, or neither; expected exactly one of them")
     for name in ("picked", "begin", "end"):
         tensor = getattr(entries, name)

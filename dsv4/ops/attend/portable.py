@@ -87,7 +87,7 @@ class _Layout:
         self.raw_begin = raw_begin.clamp(min=0)
         self.scale, self.wide = scale, torch.promote_types(q.dtype, torch.float32)
         num_entries = values.shape[1] if picked is None else picked.shape[2]
-        self.size = min(BLOCK, self.T)
+        self.size = max(1, min(BLOCK, self.T))
         while self.size > 8 and self.B * self.size * self.H * num_entries > SCORES_HELD:
             self.size //= 2
         self.before = -(-(window - 1) // self.size)  # blocks of raw tokens a block reads before its own

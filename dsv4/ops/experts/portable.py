@@ -74,7 +74,7 @@ def _activate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tenso
 def _activate_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up. Nothing passes at or beyond a clamp's limit."""
+    """Gradients of gate and up; nothing passes beyond a clamp's limit."""
     wide_gate, wide_up = gate.to(grad.dtype), up.to(grad.dtype)
     g, v = wide_gate.clamp(max=limit), wide_up.clamp(-limit, limit)
     grad_up = _clamp_backward(F.silu(g).mul_(grad), wide_up, -limit, limit)
@@ -83,7 +83,13 @@ def _activate_backward(
 
 
 def _clamp_backward(grad: torch.Tensor, x: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
-    return torch.ops.aten.hardtanh_backward(grad, x, lowest, highest)  # one pass, where a mask takes three
+    """The gradient where lowest <= x <= highest, else 0: one pass, where a mask takes three.
+
+    The operation excludes its bounds, so they are moved out by one place of the dtype.
+    """
+    bounds = torch.tensor([lowest, highest], dtype=grad.dtype)
+    below, above = torch.nextafter(bounds, bounds.new_tensor([-torch.inf, torch.inf])).tolist()
+    return torch.ops.aten.hardtanh_backward(grad, x, below, above)
 
 
 class _SwiGLU(torch.autograd.Function):

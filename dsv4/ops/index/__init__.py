@@ -31,9 +31,7 @@ def select(
     q: [B, T, I, J]; k: [B, C, J]; weights: [B, T, I]; entry_begin, entry_end: [B, T] int64.
     P = min(top_k, C). No gradient passes through the choice.
     """
-    _check(q, k, weights)
-    shapes = Shapes()
-    shapes.check("q", q, "B T I J")
+    shapes = _check(q, k, weights)
     shapes.check("entry_begin", entry_begin, "B T")
     shapes.check("entry_end", entry_end, "B T")
     check_integer("entry_begin", entry_begin)
@@ -52,13 +50,15 @@ def score(
 
     q: [B, T, I, J]; k: [B, C, J]; weights: [B, T, I]; picked: [B, T, P] int64.
     """
-    _check(q, k, weights)
+    shapes = _check(q, k, weights)
+    shapes.check("picked", picked, "B T P")
     check_integer("picked", picked)
     return pick(backend, reference=reference.score, portable=portable.score)(q, k, weights, picked)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> Shapes:
     shapes = Shapes()
     shapes.check("q", q, "B T I J")
     shapes.check("k", k, "B C J")
     shapes.check("weights", weights, "B T I")
+    return shapes

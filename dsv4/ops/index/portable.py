@@ -74,7 +74,7 @@ def score(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, picked: torch
     wide = torch.promote_types(q.dtype, torch.float32)
     row = torch.arange(B, device=q.device)[:, None, None] * k.shape[1]
     keys = k.to(wide).flatten(0, 1).index_select(0, (picked.clamp(min=0) + row).flatten())
-    keys = keys.view(B * T, num_picks, -1)  # [B * T, P, J]
+    keys = keys.view(B * T, num_picks, k.shape[-1])  # [B * T, P, J]
     dots = torch.bmm(q.to(wide).flatten(0, 1), keys.transpose(1, 2)).relu()  # [B * T, I, P]
     scores = torch.bmm(weights.to(wide).flatten(0, 1).unsqueeze(1), dots).view(B, T, num_picks)
     return scores.masked_fill(picked < 0, -torch.inf)

@@ -109,8 +109,11 @@ def sinkhorn(logits: torch.Tensor, *, eps: float, iterations: int, backend: Back
     """Project logits [..., N, N] float32 towards the doubly stochastic matrices.
 
     Softmax over each row, plus eps; divide by column sums plus eps; then ``iterations`` - 1 times rows and
-    columns again. Column sums end at 1; row sums approach it.
+    columns again. After a few rounds column sums are 1; row sums
+    approach it.
     """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; expected at least 1")
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected [..., N, N]")
     return pick(backend, reference=reference.sinkhorn, portable=portable.sinkhorn)(logits, eps, iterations)

@@ -25,7 +25,7 @@ def pre(
     """See ``dsv4.ops.mhc.pre``."""
     B, T, N, D = streams.shape
     x, post_weights, comb, carried = _Pre.apply(
-        streams.view(B * T, N, D), fn, base, scale, norm_weight, norm_eps, eps, iterations
+        streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, iterations
     )
     return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
 
@@ -46,9 +46,8 @@ def head(
     eps: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.mhc.head``."""
-    B, T, N, D = streams.shape
-    x, _, _, _ = _Pre.apply(streams.view(B * T, N, D), fn, base, scale, norm_weight, norm_eps, eps, 0)
-    return x.view(B, T, D)
+    x, _, _, _ = _Pre.apply(streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, 0)
+    return x.view(*streams.shape[:2], streams.shape[-1])
 
 
 def sinkhorn(logits: torch.Tensor, eps: float, iterations: int) -> torch.Tensor:

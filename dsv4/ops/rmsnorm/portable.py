@@ -32,7 +32,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if weight is not None:
             if ctx.needs_input_grad[1]:
-                grad_weight = (normed * grad).flatten(0, -2).sum(0).to(weight.dtype)
+                grad_weight = (normed * grad).reshape(-1, x.shape[-1]).sum(dim=0).to(weight.dtype)
             grad = grad * weight.to(normed.dtype)
         # y = x r, dr/dx = -r^3 x / D: the part of the gradient along x is removed.
         along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]

@@ -75,8 +75,7 @@ def rotate(
     shapes.check("cos", cos, "B T r")
     shapes.check("sin", sin, "B T r")
     shapes.check("x", x, "B T K" if x.dim() == 3 else "B T H K")
-    if 2 * cos.shape[-1] > x.shape[-1]:
-        raise ValueError(f"cos rotates {2 * cos.shape[-1]} channels; expected at most the {x.shape[-1]} of x")
+    _check_channels(x, cos)
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
     return pick(backend, reference=reference.rotate, portable=portable.rotate)(x, cos, -sin if inverse else sin)
@@ -93,5 +92,11 @@ def rotate_unit(
     shapes.check("x", x, "B T H K")
     shapes.check("cos", cos, "B T r")
     shapes.check("sin", sin, "B T r")
+    _check_channels(x, cos)
     chosen = pick(backend, reference=reference.rotate_unit, portable=portable.rotate_unit)
     return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)
+
+
+def _check_channels(x: torch.Tensor, cos: torch.Tensor) -> None:
+    if 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"cos rotates {2 * cos.shape[-1]} channels; expected at most the {x.shape[-1]} of x")

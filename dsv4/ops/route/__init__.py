@@ -16,7 +16,11 @@ from dsv4.ops.shapes import Shapes, check_integer
 
 
 def affinity(logits: torch.Tensor, *, backend: Backend = "portable") -> torch.Tensor:
-    """Return sqrt(softplus(logits)), float32, any shape."""
+    """Return sqrt(softplus(logits)), float32, any shape.
+
+    Logits below -80 count as -80: there softplus nears the smallest float32, the gradient of its root would
+    not be a number, and weights are 4e-18 of those of a logit of 0 either way.
+    """
     return pick(backend, reference=reference.affinity, portable=portable.affinity)(logits)
 
 
@@ -28,6 +32,10 @@ def choose(affinities: torch.Tensor, bias: torch.Tensor, experts_per_token: int)
     shapes = Shapes()
     shapes.check("affinities", affinities, "T E")
     shapes.check("bias", bias, "E")
+    if experts_per_token > affinities.shape[1]:
+        raise ValueError(
+            f"experts_per_token is {experts_per_token}; expected at most the {affinities.shape[1]} experts"
+        )
     with torch.no_grad():
         return (affinities + bias).topk(experts_per_token, dim=-1).indices
 

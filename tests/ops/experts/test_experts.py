@@ -86,6 +86,16 @@ def test_the_gate_is_cut_above_and_the_linear_part_on_both_sides(backend, gate, 
     assert got.item() == pytest.approx(g / (1 + math.exp(-g)) * v, rel=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_exactly_at_a_limit_the_gradient_still_passes(backend):
+    gate, up = torch.tensor([10.0, 1.0, 1.0], requires_grad=True), torch.tensor([1.0, 10.0, -10.0], requires_grad=True)
+    swiglu(gate, up, 10.0, backend=backend).sum().backward()
+    assert gate.grad is not None
+    assert up.grad is not None
+    assert (gate.grad != 0).all()
+    assert (up.grad != 0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_passes_back_through_a_clamp(backend):
     gate, up = torch.tensor([12.0, 2.0, 2.0, -12.0]), torch.tensor([3.0, 12.0, -12.0, 3.0])

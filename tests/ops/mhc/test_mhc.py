@@ -196,7 +196,6 @@ def test_backends_agree_on_streams_expanded_from_the_embedding(operation):
     assert_backends_agree(operation, **given(2, 5, 4, 3) | {"streams": streams}, **extra)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="the portable reading views streams as [B * T, N, D]")
 @pytest.mark.parametrize(("operation", "given"), [(read, inputs), (read_head, head_inputs)])
 def test_reading_backends_agree_on_non_contiguous_input(operation, given):
     streams = float64(5, 2, 4, 3).transpose(0, 1)

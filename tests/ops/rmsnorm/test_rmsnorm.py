@@ -56,7 +56,6 @@ def test_backends_agree_on_a_single_vector_without_a_weight():
     assert_backends_agree(normalise, x=float64(5), weight=None)
 
 
-@pytest.mark.xfail(raises=IndexError, strict=True, reason="the portable backward needs a leading dimension")
 def test_backends_agree_on_a_single_vector():
     assert_backends_agree(normalise, x=float64(5), weight=float64(5))
 

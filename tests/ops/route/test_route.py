@@ -55,6 +55,21 @@ def test_two_runs_give_the_same_bits():
     assert_repeatable(affinity, logits=torch.randn(50, 16))
 
 
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_logits_far_below_zero_have_finite_weights_and_gradients(backend):
+    logits = torch.tensor([[-200.0, -120.0, -90.0]], requires_grad=True)
+    weights = weigh(affinity(logits, backend=backend), torch.tensor([[0, 1]]), 1.5)
+    (weights * torch.tensor([1.0, 2.0])).sum().backward()
+    assert weights.tolist() == [[0.75, 0.75]]
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_more_experts_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="experts_per_token is 4; expected at most the 3 experts"):
+        choose(torch.rand(2, 3), torch.zeros(3), 4)
+
+
 def test_the_largest_of_affinity_plus_bias_are_chosen():
     scores, bias = float64(6, 9).abs(), float64(9)
     for t, chosen in enumerate(choose(scores, bias, 4).tolist()):
