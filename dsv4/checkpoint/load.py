@@ -70,7 +70,7 @@ def _files(root: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"index {index} is not readable ({error!r}); expected JSON with a weight_map") from error
     for file in set(files.values()):
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("..", "."):
             raise ValueError(f"index {index} names the file {file!r}; expected a plain name inside {root}")
     return files
 
@@ -91,13 +91,18 @@ def _check(root: Path, files: dict[str, str], specs: Iterable[TensorSpec]) -> No
     problems = []
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in sorted(set(files.values())):
-        header = _header(root / file)
+        try:
+            header = _header(root / file)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
         for name, shape_and_dtype in header.items():
             if files.get(name) != file:
                 problems.append(f"{name}: in {file}; the index puts it in {files.get(name, 'no file')}")
             found[name] = shape_and_dtype
     problems += [f"{name}: missing" for name in expected if name not in found]
     problems += [f"{name}: unknown tensor" for name in found if name not in expected]
+    problems += [f"{name}: in the index, but in no file" for name in files if name not in found | expected]
     for name, (shape, dtype) in found.items():
         spec = expected.get(name)
         if spec is None:

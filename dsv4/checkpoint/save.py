@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -12,15 +13,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dsv4.accounting.tensors import inventory, num_shards, shard_name, total_bytes
+from dsv4.accounting.tensors import Dtype, inventory, num_shards, shard_name, total_bytes
 from dsv4.checkpoint.names import released_tensors
 from dsv4.config.load import save_config
-from dsv4.config.model import Storage
+from dsv4.config.model import ModelConfig, Storage
 from dsv4.model.transformer import Transformer
 
 INDEX = "model.safetensors.index.json"
 
 _STORAGE: dict[torch.dtype, Storage] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPE: dict[Dtype, torch.dtype] = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def save_model(model: Transformer, directory: str | os.PathLike[str]) -> None:
@@ -29,22 +31,39 @@ def save_model(model: Transformer, directory: str | os.PathLike[str]) -> None:
     Every parameter keeps its dtype, so that loading gives the same bits. The directory must not exist yet, or
     be empty; it appears complete or not at all. Raises ``ValueError`` otherwise, before anything is written.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()
+    config = _stored_config(model)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"directory is {target}, which exists and is not empty; expected a new or empty one")
     if not target.parent.is_dir():
         raise ValueError(f"directory is {target}, but {target.parent} does not exist; expected an existing parent")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
     try:
-        _write(model, partial)
+        _write(model, config, partial)
+        partial.chmod(0o755)
         partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(model: Transformer, directory: Path) -> None:
-    config = replace(model.config, storage=_STORAGE[model.weight_dtype])
+def _stored_config(model: Transformer) -> ModelConfig:
+    """The model's config with the storage its parameters have; raises if they are not all as one has them."""
+    dtype = model.embed.weight.dtype
+    if dtype not in _STORAGE:
+        raise ValueError(f"embed.weight has dtype {dtype}; expected {' or '.join(str(known) for known in _STORAGE)}")
+    config = replace(model.config, storage=_STORAGE[dtype])
+    tensors = dict(released_tensors(model))
+    wrong = [
+        f"{spec.name} has dtype {tensors[spec.name].dtype}; expected {_DTYPE[spec.dtype]}"
+        for spec in inventory(config)
+        if tensors[spec.name].dtype != _DTYPE[spec.dtype]
+    ]
+    if wrong:
+        raise ValueError("\n".join(["the model cannot be saved as " + config.storage, *wrong[:20]]))
+    return config
+
+
+def _write(model: Transformer, config: ModelConfig, directory: Path) -> None:
     tensors = dict(released_tensors(model))
     specs = inventory(config)
     total = num_shards(config)

@@ -73,12 +73,14 @@ class LayerState:
 class State:
     """All layers of ``batch_size`` sequences of equal length; made by ``Transformer.new_state``.
 
-    ``length`` counts the tokens seen. A state belongs to the model that made it.
+    ``length`` counts the tokens seen. A state belongs to the model that made it. ``is_whole`` is False while a
+    call advances it, and stays False if that call fails half-way: such a state is refused afterwards.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, owner: object) -> None:
         self.batch_size = batch_size
         self.length = 0
+        self.is_whole = True
         self.owner = owner
         self.layers = [LayerState(config.attention.window) for _ in config.layer_kinds]
 

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         super().__init__()
         check_backend(backend)
         self.config = config
-        self.weight_dtype, self.activation_dtype = weight_dtype, activation_dtype
+        self.activation_dtype = activation_dtype
         self.backend: Backend = backend
         self.embed = Embedding(config, weight_dtype)
         self.layers = nn.ModuleList(
@@ -136,10 +136,12 @@ class Transformer(nn.Module):
         call = make_call(self.config, token_ids, places, backend=self.backend, dense=dense)
         embedded = self.embed(token_ids).to(self.activation_dtype)  # [B, T, D]
         streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [B, T, N, D]
+        if state is not None:
+            state.is_whole = False
         for i, layer in enumerate(self.layers):
             streams = layer(streams, call, None if state is None else state.layers[i])
         if state is not None:
-            state.length += T
+            state.length, state.is_whole = state.length + T, True
         return streams, call
 
     def hidden(self, streams: torch.Tensor) -> torch.Tensor:
@@ -183,6 +185,8 @@ class Transformer(nn.Module):
         if state is not None:
             if state.owner is not self:
                 raise ValueError("state belongs to another model; expected one made by this model's new_state")
+            if not state.is_whole:
+                raise ValueError("state was left half advanced by a call that failed; expected a whole one: start anew")
             if state.batch_size != B:
                 raise ValueError(f"state holds {state.batch_size} sequences; expected the {B} of token_ids")
             length = state.length

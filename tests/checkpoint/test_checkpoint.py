@@ -164,6 +164,32 @@ def test_nothing_is_pickled(saved, monkeypatch):
     assert {file.suffix for file in saved.iterdir()} == {".safetensors", ".json"}
 
 
+def test_a_model_converted_as_a_whole_is_refused(tmp_path):
+    model = toy_model(flash_like()).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"hc_attn_fn has dtype torch\.bfloat16; expected torch\.float32"):
+        dsv4.save_model(model, tmp_path / "toy")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dtype_no_checkpoint_has_is_refused(tmp_path):
+    model = toy_model(flash_like()).half()
+    with pytest.raises(ValueError, match=r"embed\.weight has dtype torch\.float16; expected torch\.float32 or"):
+        dsv4.save_model(model, tmp_path / "toy")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_current_directory_and_a_link_are_directories_too(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    (tmp_path / "real").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for directory in (".", "../link"):
+        dsv4.save_model(model, directory)
+    monkeypatch.chdir(tmp_path)
+    assert (tmp_path / "here" / "config.json").is_file()
+    assert (tmp_path / "real" / "config.json").is_file()
+
+
 def test_saving_changes_nothing_in_the_model(tmp_path):
     model = toy_model(flash_like())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -298,6 +324,23 @@ def test_a_truncated_file(sharded, no_model, end):
     size = {"data": file.stat().st_size - 1, "header": 100, "start": 0}[end]
     os.truncate(file, size)
     assert f"file {file} cannot be read as safetensors" in refusal(sharded)
+
+
+def test_every_truncated_file_is_named(sharded, no_model):
+    files = sorted(sharded.glob("*.safetensors"))[1:3]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"cannot be read") as error:
+        dsv4.load_model(sharded)
+    assert all(file.name in str(error.value) for file in files)
+
+
+def test_a_tensor_of_the_index_that_nobody_knows(sharded, no_model):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["ghost"] = index["weight_map"]["embed.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="ghost: in the index, but in no file"):
+        dsv4.load_model(sharded)
 
 
 def test_a_file_that_is_not_there(sharded, no_model):

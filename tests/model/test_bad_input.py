@@ -153,3 +153,18 @@ def test_the_longest_context_is_allowed(model):
         model(torch.zeros(1, 63, dtype=torch.int64), state=state)
         model(torch.zeros(1, 1, dtype=torch.int64), state=state)
     assert state.length == 64
+
+
+def test_a_call_that_fails_half_way_spoils_the_state_for_good(model, monkeypatch):
+    state = model.new_state(2)
+    model(ids(), state=state)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(model.layers[4], "forward", fail)
+    with pytest.raises(MemoryError):
+        model(ids(), state=state)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="state was left half advanced by a call that failed"):
+        model(ids(), state=state)

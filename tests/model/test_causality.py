@@ -13,7 +13,7 @@ from dsv4.testing.toys import flash_like, pro_like, toy_model, toy_token_ids
 TOYS = {"flash_like": flash_like, "pro_like": pro_like}
 TOKENS = 264
 # Implementations and batch sizes differ in the order of float32 sums: see test_parity.
-TOLERANCE = 6e-5
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module", params=TOYS)

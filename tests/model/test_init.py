@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,8 +100,6 @@ def stacked(specs):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_the_inventory(name):
-    from dataclasses import replace
-
     config = PRESETS[name]()
     with torch.device("meta"):
         model = Transformer(config, weight_dtype=torch.bfloat16, activation_dtype=torch.bfloat16)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-# Both sum the same float32 products in other orders. Logits reach 7 here, so one rounding at their size is
-# 5e-7; a dozen sub-layers each add a few, and later layers amplify them: 2e-5 is seen on one CPU. The tolerance
-# is three times that, for machines that sum in yet another order. Structural mistakes: 1e-2 and more (test_traps).
-LOGIT_TOLERANCE = 6e-5
+# Both sum the same float32 products in other orders. Logits reach 3 here, so one rounding at their size is
+# 2.4e-7; a dozen sub-layers each add a few, and later layers amplify them: 1e-5 is seen on one CPU. The tolerance
+# is twice that. Structural mistakes move logits by 1e-2 and more (test_traps).
+LOGIT_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4  # relative norm: as above, with the roundings of backward on top
 
 MTP_JOIN = ("e_proj", "h_proj", "enorm", "hnorm")
@@ -42,7 +42,7 @@ def both(parity):
 @pytest.mark.parametrize("which", [0, 1], ids=["main", "mtp"])
 def test_logits(both, which):
     ours, theirs = both[0][which], both[1][which]
-    assert 0.5 < theirs.abs().mean() < 2
+    assert 0.3 < theirs.abs().mean() < 2
     assert (ours - theirs).abs().max() < LOGIT_TOLERANCE
 
 

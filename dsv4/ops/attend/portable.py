@@ -274,6 +274,14 @@ def _key_value_gradient(
     grad_scores, weights: [n, s, H, S]; scaled_q, grad: [n, s * H, K]; values: [b, S, K]; returns [b, S, K].
     """
     batch, S, K = values.shape
-    through = torch.cat([x.view(batch, -1, S).to(values.dtype) for x in (grad_scores, weights)], dim=1)
-    source = torch.cat([x.reshape(batch, -1, K).to(values.dtype) for x in (scaled_q, grad)], dim=1)
+    through = _stack(values, *(x.view(batch, -1, S) for x in (grad_scores, weights)))
+    source = _stack(values, *(x.reshape(batch, -1, K) for x in (scaled_q, grad)))
     return torch.bmm(through.transpose(1, 2), source)
+
+
+def _stack(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Concatenate two [b, r, x] along r, cast to the dtype of like on the way."""
+    rows = first.shape[1]
+    stacked = like.new_empty(first.shape[0], 2 * rows, first.shape[2])
+    stacked[:, :rows], stacked[:, rows:] = first, second
+    return stacked

@@ -71,15 +71,22 @@ def _activate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tenso
     return F.silu(gate.to(wide).clamp(max=limit)).mul_(up.to(wide).clamp(-limit, limit))
 
 
-def _activate_backward(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, limit: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up; nothing passes beyond a clamp's limit."""
+def _activate_again(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor | float, limit: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The activation, wide and without its weight, and the gradients of gate and up through both.
+
+    grad: [n, F] wide, of the weighted activation. Nothing passes beyond a clamp's limit.
+    """
     wide_gate, wide_up = gate.to(grad.dtype), up.to(grad.dtype)
     g, v = wide_gate.clamp(max=limit), wide_up.clamp(-limit, limit)
-    grad_up = _clamp_backward(F.silu(g).mul_(grad), wide_up, -limit, limit)
-    grad_gate = torch.ops.aten.silu_backward(v.mul_(grad), g)
-    return _clamp_backward(grad_gate, wide_gate, -torch.inf, limit).to(gate.dtype), grad_up.to(up.dtype)
+    silu = F.silu(g)
+    activated = silu * v
+    weighted = grad * weight
+    grad_up = _clamp_backward(silu.mul_(weighted), wide_up, -limit, limit)
+    grad_gate = torch.ops.aten.silu_backward(v.mul_(weighted), g)
+    grad_gate = _clamp_backward(grad_gate, wide_gate, -torch.inf, limit)
+    return activated, grad_gate.to(gate.dtype), grad_up.to(up.dtype)
 
 
 def _clamp_backward(grad: torch.Tensor, x: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
@@ -87,9 +94,8 @@ def _clamp_backward(grad: torch.Tensor, x: torch.Tensor, lowest: float, highest:
 
     The operation excludes its bounds, so they are moved out by one place of the dtype.
     """
-    bounds = torch.tensor([lowest, highest], dtype=grad.dtype)
-    below, above = torch.nextafter(bounds, bounds.new_tensor([-torch.inf, torch.inf])).tolist()
-    return torch.ops.aten.hardtanh_backward(grad, x, below, above)
+    step = torch.finfo(grad.dtype).eps
+    return torch.ops.aten.hardtanh_backward(grad, x, lowest * (1 + step), highest * (1 + step))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -104,7 +110,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         wide = torch.promote_types(gate.dtype, torch.float32)
-        return *_activate_backward(grad.to(wide), gate, up, ctx.limit), None
+        _, grad_gate, grad_up = _activate_again(grad.to(wide), gate, up, 1.0, ctx.limit)
+        return grad_gate, grad_up, None
 
 
 class _Experts(torch.autograd.Function):
@@ -135,11 +142,10 @@ class _Experts(torch.autograd.Function):
         grad_weight = grad.new_empty(len(rows))
         grad_w1, grad_w2, grad_w3 = (torch.zeros_like(w) for w in (w1, w2, w3))
         for expert, now in groups.spans:
-            activated = _activate(gate[now], up[now], ctx.limit)  # [n, F] wide
             grad_hidden = torch.mm(grad_rows[now], w2[expert].to(dtype)).to(wide)
+            activated, grad_gate, grad_up = _activate_again(grad_hidden, gate[now], up[now], weight[now], ctx.limit)
             grad_weight[now] = torch.linalg.vecdot(grad_hidden, activated)
             grad_w2[expert] = torch.mm(grad_rows[now].T, activated.mul_(weight[now]).to(dtype))
-            grad_gate, grad_up = _activate_backward(grad_hidden.mul_(weight[now]), gate[now], up[now], ctx.limit)
             grad_w1[expert] = torch.mm(grad_gate.T, rows[now])
             grad_w3[expert] = torch.mm(grad_up.T, rows[now])
             # This expert's gradient rows are used up: they give their place to the gradient of its inputs.

@@ -153,6 +153,7 @@ class _Pre(torch.autograd.Function):
             rounds = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), ctx.eps, ctx.iterations)
             grad_logits[2 * N :] = _sinkhorn_backward(grad_comb.permute(1, 2, 0).contiguous(), *rounds).flatten(0, 1)
         factor = _per_row(scale, N)
+        narrow_fn = fn.to(streams.dtype)  # the two large products of backward run in the dtype of the streams
         grad_fn, grad_norm = torch.zeros_like(fn), torch.zeros_like(norm_weight, dtype=fn.dtype)
         grad_streams = torch.empty_like(streams)
         for t in range(0, T, TOKENS_AT_ONCE):
@@ -169,13 +170,14 @@ class _Pre(torch.autograd.Function):
             r = inverse_rms[now]
             along = (grad_mixes * mixes[now]).sum(dim=-1, keepdim=True) * r.square() / (-N * D)  # [t, 1]
             grad_mixes.mul_(r)
-            grad_fn.addmm_(grad_mixes.T, wide.flatten(1))
-            grad_flat = (wide * along[..., None]).flatten(1).addmm_(grad_mixes, fn)
+            narrow = grad_mixes.to(streams.dtype)
+            grad_fn += torch.mm(narrow.T, streams[now].flatten(1))
+            grad_now = torch.mm(narrow, narrow_fn).view_as(wide).to(fn.dtype).addcmul_(wide, along[..., None])
             if grad_wide is not None:
-                grad_flat += grad_wide.flatten(1)
+                grad_now += grad_wide
             if grad_carried is not None:
-                grad_flat += grad_carried[now].flatten(1)
-            grad_streams[now] = grad_flat.view_as(wide)
+                grad_now += grad_carried[now].to(fn.dtype)
+            grad_streams[now] = grad_now
         grad_scale = (grad_logits * mixes.T).sum(dim=1)  # [M]
         grad_scale = torch.stack([part.sum() for part in grad_scale.split(_parts(scale, N))])
         grad_norm = grad_norm.to(norm_weight.dtype)
