@@ -200,10 +200,10 @@ def shares(step: Callable[[], None]) -> dict[str, float]:
     from torch.profiler import profile
 
     step()
-    start = time.perf_counter()
     with profile() as trace:
+        start = time.perf_counter()
         step()
-    total_us = (time.perf_counter() - start) * 1e6
+        total_us = (time.perf_counter() - start) * 1e6
     groups = {name: 0.0 for name, _ in SHARES} | {"elementwise and reductions": 0.0}
     for event in trace.key_averages():
         if event.key.startswith("aten::"):

@@ -4,7 +4,8 @@
 
 A query sees the entries entry_begin[t] <= c < entry_end[t] (the causal rule, and inside one document) and
 keeps the ``top_k`` best of them. Equal scores are resolved towards the smaller c, so that the choice
-does not depend on how a sequence was cut into calls.
+does not depend on how a sequence was cut into calls. Products are rounded to the dtype of q, as the released
+code keeps them, and summed over heads in float32.
 """
 
 from __future__ import annotations
