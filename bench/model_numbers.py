@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dsv4.accounting import v32
+from dsv4.accounting.activations import layer_bytes_per_token
 from dsv4.accounting.cache import CACHE_FORMATS, gqa_bytes_per_token, index_row_bytes, row_bytes, tail_bytes
 from dsv4.accounting.cost import RATE, total_fp8_equivalent
 from dsv4.accounting.efficiency import rows
 from dsv4.accounting.flops import decode
-from dsv4.accounting.memory import border_bytes_per_token, layer_bytes_per_token
 from dsv4.accounting.summary import Summary, summarize
 from dsv4.cli.format import gibibytes, tokens
 from dsv4.config.model import ModelConfig
@@ -219,7 +219,7 @@ def _training(configs: dict[str, ModelConfig], summaries: dict[str, Summary]) ->
             continue
         memory = summary.training_memory
         parts = (memory.weights_bytes, memory.master_bytes, memory.gradient_bytes, memory.muon_bytes)
-        parts += (memory.adamw_bytes, summary.recomputed_activation_bytes, summary.activation_bytes)
+        parts += (memory.adamw_bytes, summary.activation_bytes)
         body.append([name, *(gibibytes(part) for part in parts)])
     header = (
         "preset",
@@ -228,11 +228,10 @@ def _training(configs: dict[str, ModelConfig], summaries: dict[str, Summary]) ->
         "gradients",
         "Muon",
         "AdamW",
-        "activations, recomputed",
-        "activations, kept",
+        "activations",
     )
     nano = configs["nano"]
-    csa = layer_bytes_per_token(nano, "csa")
+    window, csa, hca = (layer_bytes_per_token(nano, kind) for kind in ("window", "csa", "hca"))
     return f"""## Training memory
 
 Weights in BF16 (F32 where the checkpoint has F32); F32 master weights and F32 gradients, 4 bytes per parameter each;
@@ -240,13 +239,11 @@ one F32 momentum per parameter under Muon, two F32 moments under AdamW. AdamW ha
 the hyper-connections' biases and gating factors, the attention sinks and the compressors' position tables; Muon has
 the other matrices; the routers' balance biases have no state.
 
-Activations are an estimate for one sequence of 4K tokens. Recomputed: each layer keeps its N streams in BF16
-(nano: 2 x {nano.hyper_connections.streams} x {nano.hidden_size} = {border_bytes_per_token(nano):,} bytes per token and
-layer), and one layer at a time is live in full (a nano CSA layer: {csa:,} bytes per token). Kept: every layer is live.
-A live layer holds, per token: its streams, mixed input, norm and result around each sub-layer; the query latent and
-key-value before and after their norms, three copies of the queries' width (raw, normed, attention output), the grouped
-output; the compressors' projections in F32; indexer queries and picked ids; router scores; and for each expert used,
-the shared one included, input, gate, up, their product and output. No matrix of scores is kept.
+Activations are what one step over 4K tokens keeps for its backward pass in BF16, MTP included. Matrix products keep
+their inputs; scores, Sinkhorn rounds, logits, the streams between a layer's two sub-layers and the shared expert's
+activation are formed again. A nano layer keeps {window:,.0f} bytes per token (window), {hca:,.0f} (HCA) or {csa:,.0f}
+(CSA), of which {2 * nano.hyper_connections.streams * nano.hidden_size:,} are its streams. A test holds the sum to what
+autograd keeps, within 2%.
 
 {_table(header, body)}"""
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv4.accounting import flops
+from dsv4.accounting.activations import activation_bytes
 from dsv4.accounting.cache import CACHE_FORMATS, CacheFormat, bytes_per_token, cache_bytes, state_bytes
 from dsv4.accounting.cost import Cost, CostKind, flops_by_kind, total_flops, total_fp8_equivalent
-from dsv4.accounting.memory import TrainingMemory, activation_bytes, training_memory
+from dsv4.accounting.memory import TrainingMemory, training_memory
 from dsv4.accounting.parameters import Parameters, parameters
 from dsv4.accounting.tensors import Dtype, count_by_dtype, inventory, num_shards, total_bytes
 from dsv4.config.model import LayerKind, ModelConfig
@@ -59,8 +60,7 @@ class Summary:
     training_tokens: int
     training: Work
     training_memory: TrainingMemory
-    activation_bytes: int  # of training_tokens, nothing recomputed
-    recomputed_activation_bytes: int  # of training_tokens, every layer recomputed
+    activation_bytes: int  # of training_tokens, in bfloat16
     cache_bytes_per_token: dict[CacheFormat, float]
     cache_state_bytes: dict[CacheFormat, int]
     at_context: tuple[AtContext, ...]
@@ -85,8 +85,7 @@ def summarize(config: ModelConfig, contexts: Sequence[int]) -> Summary:
         training_tokens=tokens,
         training=_work(flops.training(config, tokens), tokens),
         training_memory=training_memory(config),
-        activation_bytes=activation_bytes(config, tokens, recompute=False),
-        recomputed_activation_bytes=activation_bytes(config, tokens, recompute=True),
+        activation_bytes=activation_bytes(config, tokens),
         cache_bytes_per_token={form: float(bytes_per_token(config, form)) for form in CACHE_FORMATS},
         cache_state_bytes={form: state_bytes(config, form) for form in CACHE_FORMATS},
         at_context=tuple(_at_context(config, context) for context in contexts),

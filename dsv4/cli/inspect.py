@@ -146,8 +146,7 @@ def _training(summary: Summary) -> Table:
         "gradients, F32": memory.gradient_bytes,
         "Muon momentum, F32": memory.muon_bytes,
         "AdamW moments, F32": memory.adamw_bytes,
-        f"activations of {tokens(summary.training_tokens)}, layers recomputed": summary.recomputed_activation_bytes,
-        f"activations of {tokens(summary.training_tokens)}, nothing recomputed": summary.activation_bytes,
+        f"activations of {tokens(summary.training_tokens)} tokens, BF16": summary.activation_bytes,
     }
     for name, value in rows.items():
         table.add_row(name, f"{value:,}", gibibytes(value))

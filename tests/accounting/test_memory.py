@@ -3,9 +3,6 @@
 import dataclasses
 
 from dsv4.accounting.memory import (
-    activation_bytes,
-    border_bytes_per_token,
-    layer_bytes_per_token,
     optimizer_of,
     training_memory,
     weights_bytes,
@@ -60,20 +57,3 @@ def test_sums_of_nano():
 def test_quantised_weights_are_widened_to_train():
     same = dataclasses.replace(flash(), storage="bfloat16")
     assert training_memory(flash()) == training_memory(same)
-
-
-def test_activations_of_nano():
-    config, tokens = nano(), 100
-    assert border_bytes_per_token(config) == 2 * 4 * 256
-    # Written out: D 256, N 4, H K 512, Q 128, K 128, G O 256, E 8, A + 1 = 3, F 128, I J 1024.
-    streams = 2 * (2 * (1024 + 3 * 256) + 4 * 24)
-    attention = 2 * (2 * 128 + 2 * 128 + 256 + 3 * 512) + 4 * 4
-    experts = 4 * 8 + 3 * 2 * (2 * 256 + 3 * 128)
-    window = streams + attention + experts
-    csa = 2 * 4 * 2 * (128 + 64) + 2 * (1024 + 16) + 4 * 64
-    hca = 2 * 4 * 128
-    assert layer_bytes_per_token(config, "window") == window
-    assert layer_bytes_per_token(config, "csa") == window + csa
-    assert layer_bytes_per_token(config, "hca") == window + hca
-    assert activation_bytes(config, tokens, recompute=True) == tokens * (8 * 2048 + window + csa)
-    assert activation_bytes(config, tokens, recompute=False) == tokens * (8 * window + 3 * csa + 2 * hca)

@@ -32,7 +32,7 @@ def test_flash_table(capsys):
         "13,760",
         "3,514",
         "Muon momentum",
-        "layers recomputed",
+        "activations of 4K tokens",
     ):
         assert expected in text, expected
 
