@@ -27,7 +27,8 @@ TRAIN_TOKENS = (512, 2048, 4096)
 PREFILL_TOKENS = (4096, 8192)
 FLAT_TOKENS = (4096, 8192, 16384, 32768)
 BOTH_ALLOCATORS = 2048  # tokens; at more, transformers' kept memory does not fit beside the others
-SLOW_SECONDS = 20  # a case slower than this runs fewer rounds
+TURN_SECONDS = 6  # a turn of a fast case is several steps
+SLOW_SECONDS = 20  # a comparison with a step slower than this has one turn each after the warm-up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ def matmul_rate(dtype) -> float:
 
 
 def work(case: Case, directory: str) -> None:
-    """Answer each line of standard input with the time of one step, as a line of JSON."""
+    """Answer each line of standard input with the median time of a turn's steps, as a line of JSON."""
     import torch
 
     from dsv4.cli.process import keep_freed_memory
@@ -183,9 +184,7 @@ def work(case: Case, directory: str) -> None:
             answer: dict[str, object] = {"shares": shares(step)}
         else:
             rate = matmul_rate(dtype)
-            start = time.perf_counter()
-            step()
-            seconds = time.perf_counter() - start
+            seconds = median(turn(step))
             answer = {
                 "seconds": seconds,
                 "utilisation": useful / seconds / max(rate, matmul_rate(dtype)),
@@ -193,6 +192,16 @@ def work(case: Case, directory: str) -> None:
                 "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             }
         print(json.dumps(answer), flush=True)
+
+
+def turn(step: Callable[[], None]) -> list[float]:
+    """The times of one turn's steps: as many as fit into ``TURN_SECONDS``, at least one."""
+    times: list[float] = []
+    while not times or sum(times) + times[-1] < TURN_SECONDS:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 SHARES = (
@@ -257,7 +266,7 @@ class Worker:
 
 
 def take_turns(cases: list[Case], directory: str, rounds: int) -> list[dict]:
-    """Run the cases alternately: one warm-up each, then ``rounds`` counted steps."""
+    """Let the cases take turns: one to warm up, then ``rounds`` that count."""
     workers = [Worker(case, directory) for case in cases]
     try:
         slowest = max(worker.ask()["seconds"] for worker in workers)
@@ -350,7 +359,7 @@ def print_rows(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="counted steps of each case")
+    parser.add_argument("--rounds", type=int, default=3, help="counted turns of each case")
     parser.add_argument("--quick", action="store_true", help="small sizes only, to see that it runs")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--worker", nargs=2, metavar=("CASE", "DIRECTORY"), help=argparse.SUPPRESS)

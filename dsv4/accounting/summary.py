@@ -15,7 +15,7 @@ from dsv4.accounting.parameters import Parameters, parameters
 from dsv4.accounting.tensors import Dtype, count_by_dtype, inventory, num_shards, total_bytes
 from dsv4.config.model import LayerKind, ModelConfig
 
-TRAINING_TOKENS = 4096  # length of the sequence whose training is accounted
+TRAINING_TOKENS = 4096  # length of the sequence whose training is accounted, unless one context is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,11 @@ class Summary:
 
 
 def summarize(config: ModelConfig, contexts: Sequence[int]) -> Summary:
-    """Compute every account of a model, decoding and prefill at the given context lengths."""
-    tokens = min(TRAINING_TOKENS, config.max_context)
+    """Compute every account of a model, decoding and prefill at the given context lengths.
+
+    Training is of a sequence of 4K tokens, or of the one context if there is only one.
+    """
+    tokens = contexts[0] if len(contexts) == 1 else min(TRAINING_TOKENS, config.max_context)
     tensors = inventory(config)
     return Summary(
         layers=dict(Counter(config.layer_kinds)),

@@ -36,7 +36,8 @@ def inspect(
 
     Args:
         model: a preset (flash, pro, flash-base, pro-base, mini, nano), a checkpoint directory, or a config .json file.
-        context: the one context length to account for; without it 4K, 64K and 1M, as far as the model goes.
+        context: the one length to account for; without it 4K to train, and 4K, 64K and 1M to prefill and decode, as
+            far as the model goes.
         as_json: print one JSON object instead of tables.
     """
     config = load_config(model)

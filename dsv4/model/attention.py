@@ -147,7 +147,7 @@ class Attention(nn.Module):
         if self.kind == "window":
             return None
         picked = None
-        if self.kind == "csa":
+        if self.kind == "csa" and not (call.dense and state is None):  # a state needs its keys, dense or not
             # The language-model loss trains the main attention; it never reaches the indexer.
             with torch.no_grad():
                 picked = self.indexer(x, q_low, call, None if state is None else state.indexer)

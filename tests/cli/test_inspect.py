@@ -53,6 +53,7 @@ def test_json_has_the_same_numbers(capsys):
     assert summary["checkpoint"]["total_bytes"] == 159_609_485_896
     assert summary["cache_bytes_per_token"]["packed"] == 3514.25
     assert [at["context"] for at in summary["at_context"]] == [65536]
+    assert summary["training_tokens"] == 65536
 
 
 def test_a_file_is_inspected_like_a_preset(capsys, tmp_path):
