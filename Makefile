@@ -10,7 +10,7 @@ test: .venv/ready  ## the whole test suite
 check: .venv/ready  ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 numbers: .venv/ready  ## docs/numbers.md, from the configs
