@@ -72,11 +72,6 @@ class Reader:
         """Add a line: field, value, expected."""
         self.problems.append(f"{self.prefix}{name} is {self.data.get(name)!r}; expected {expected}")
 
-    def note(self, problem: str | None) -> None:
-        """Add a line, if there is one."""
-        if problem:
-            self.problems.append(problem)
-
     def build(self, make: Callable[..., T], **fields: object) -> T | None:
         """Call ``make`` if every field was read; each line of its ValueError becomes a problem."""
         if any(value is None for value in fields.values()):

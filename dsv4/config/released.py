@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from dsv4.config.fields import names, read_model, write_fields
-from dsv4.config.model import RATIO, LayerKind, ModelConfig, RopeConfig, Storage
+from dsv4.config.model import RATIO, LayerKind, ModelConfig, Storage
 from dsv4.config.reader import Reader
 
 QUANTIZATION: dict[str, object] = {
@@ -69,16 +69,11 @@ def from_released(data: Mapping[str, object]) -> ModelConfig:
     result = read_model(
         reader, "released", model__layer_kinds=layer_kinds, model__mtp_kinds=mtp_kinds, model__storage=storage, **yarn
     )
-    if result is not None:
-        reader.note(_context_problem(result.rope, result.max_context))
     return reader.finish("config.json", result)
 
 
 def to_released(config: ModelConfig) -> dict[str, object]:
     """Write a ``ModelConfig`` as a released ``config.json``, every key in the released order."""
-    problem = _context_problem(config.rope, config.max_context)
-    if problem:
-        raise ValueError(problem)
     special: dict[str, object] = {
         "num_hidden_layers": config.num_layers,
         "num_nextn_predict_layers": len(config.mtp_kinds),
@@ -146,17 +141,6 @@ def _yarn(reader: Reader) -> dict[str, object]:
     return values
 
 
-def _context_problem(rope: RopeConfig, max_context: int) -> str | None:
-    """YaRN must reach the longest context; with factor 1 it is off and sets no limit."""
-    reach = rope.factor * rope.original_context
-    if rope.factor == 1 or max_context <= reach:
-        return None
-    return (
-        f"max_position_embeddings is {max_context}; expected at most rope_scaling.factor x "
-        f"original_max_position_embeddings = {reach:.0f}"
-    )
-
-
 def _storage(reader: Reader) -> Storage | None:
     quantised = "quantization_config" in reader.data
     dtype = _unquantised_dtype(reader)
@@ -179,7 +163,8 @@ def _unquantised_dtype(reader: Reader) -> Storage | None:
     """Read ``torch_dtype``, or ``dtype``, its newer name."""
     field = "dtype" if "torch_dtype" not in reader.data and "dtype" in reader.data else "torch_dtype"
     if field not in reader.data:
-        return reader.note("missing field torch_dtype")
+        reader.problems.append("missing field torch_dtype")
+        return None
     value = reader.string(field)
     if value is None or value in ("bfloat16", "float32"):
         return cast(Storage | None, value)

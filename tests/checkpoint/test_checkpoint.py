@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import dsv4
 from dsv4.accounting.tensors import inventory
 from dsv4.config.load import load_config, save_config
-from dsv4.config.presets import nano
 from dsv4.model.transformer import Transformer
 from dsv4.testing.toys import flash_like, pro_like, toy_model, toy_token_ids
 
@@ -422,14 +421,17 @@ def test_a_config_of_another_model(sharded, no_model):
     assert "layers.0.ffn.experts.0.w1.weight: has shape [22, 40]; expected [24, 40]" in message
 
 
-@pytest.mark.parametrize("storage", ["fp4", "fp8"])
-def test_quantised_checkpoints_are_refused_in_a_sentence(tmp_path, no_model, storage):
-    save_config(replace(nano(), storage=storage), tmp_path)
-    message = refusal(tmp_path)
-    assert message == (
-        f"checkpoint {tmp_path} stores its matrices as {storage}; expected bfloat16 or float32: "
-        "this version does not read quantised tensors"
-    )
+def test_quantised_checkpoints_are_refused_in_a_sentence(single, no_model):
+    message = refusal(single({"layers.0.attn.wq_a.scale": torch.ones(1, 1)}))
+    assert "holds layers.0.attn.wq_a.scale, so its matrices are quantised; expected bfloat16 or float32" in message
+
+
+def test_what_the_tensors_are_counts_not_what_the_config_says(tmp_path):
+    config = replace(flash_like(), hidden_size=64, moe=replace(flash_like().moe, expert_dim=96))
+    model = toy_model(config)
+    dsv4.save_model(model, tmp_path / "toy")
+    save_config(replace(config, storage="fp4"), tmp_path / "toy")
+    assert_same_bits(model, dsv4.load_model(tmp_path / "toy"))
 
 
 @pytest.mark.parametrize("precision", ["float16", "fp8", "", "Float32"])
