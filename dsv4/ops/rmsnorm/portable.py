@@ -15,9 +15,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        wide_x = x.to(wide)
+        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
         inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [..., 1]
-        y = x.to(wide) * inverse_rms
+        y = wide_x * inverse_rms
         if weight is not None:
             y.mul_(weight.to(wide))
         ctx.save_for_backward(x, weight, inverse_rms)

@@ -50,9 +50,10 @@ class _RotateUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, eps):
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        wide_x = x.to(wide)
+        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
         inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # [B, T, H, 1]
-        normed = (x.to(wide) * inverse_rms).to(x.dtype)
+        normed = (wide_x * inverse_rms).to(x.dtype)
         cos, sin = cos.to(wide), sin.to(wide)
         y = _turn_(normed, cos, sin)
         ctx.save_for_backward(y, inverse_rms, cos, sin)
