@@ -4,8 +4,8 @@ Kept are the inputs of matrix products and what the backward of each fused opera
 scores, Sinkhorn rounds and logits are formed again, and so are the streams between a layer's two sub-layers and the
 shared expert's activation. A test holds these sums to what autograd keeps.
 
-``width`` below is the bytes of an activation: 2 in bfloat16, 4 in float32. Coefficients, statistics, the compressors
-and the router are float32 always; their float32 copies of a layer's input exist only beside bfloat16 activations.
+``width`` below is the bytes of an activation: 2 in bfloat16, 4 in float32. Coefficients, statistics, what compressors
+pool and the router's affinities are float32 always.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ def _entry_bytes(config: ModelConfig, kind: LayerKind, width: int) -> float:
     K, ratio = config.attention.head_dim, RATIO[kind]
     slots = 2 if kind == "csa" else 1  # each token is pooled into two entries, or one
     kept = F32 * 2 * slots * K + (width * 2 * K + F32) / ratio
-    if width != F32:
-        kept += F32 * config.hidden_size
     return kept + (I64 * config.indexer.top_k if kind == "csa" else 0)
 
 
@@ -70,8 +68,6 @@ def _experts_bytes(config: ModelConfig, width: int) -> int:
     moe = config.moe
     A = moe.experts_per_token
     router = F32 * (3 * moe.num_experts + 3 * A + 1) + I64 * 3 * A
-    if width != F32:
-        router += F32 * config.hidden_size
     return router + width * 2 * moe.expert_dim * (A + 1)
 
 

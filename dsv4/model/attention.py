@@ -39,8 +39,7 @@ class Compressor(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Call, state: CompressorState | None) -> torch.Tensor:
         """x: [B, T, D]; returns all entries so far, [B, C, width]."""
-        wide = x.float()
-        kv, gate = self.wkv(wide), self.wgate(wide)  # [B, T, E]
+        kv, gate = self.wkv.wide(x), self.wgate.wide(x)  # [B, T, E] float32
         blocks = call.rows.blocks[RATIO[self.kind]]
         if blocks.tokens is not None:
             row = torch.arange(x.shape[0], device=x.device)[:, None, None]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
-from dsv4.model.linear import Linear
+from dsv4.model.linear import Linear, wide_linear
 from dsv4.model.recompute import recomputed
 from dsv4.ops import route
 from dsv4.ops.experts import experts, swiglu
@@ -36,7 +35,7 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, D], T counting all rows' tokens; returns experts [T, A] int64 and weights [T, A] float32."""
-        affinities = route.affinity(F.linear(x.float(), self.weight.float()), backend=call.backend)  # [T, E]
+        affinities = route.affinity(wide_linear(x, self.weight), backend=call.backend)  # [T, E]
         if self.tid2eid is not None:
             chosen = self.tid2eid[call.token_ids.flatten()]
         else:
