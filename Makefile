@@ -24,7 +24,7 @@ numbers: .venv/ready  ## docs/numbers.md, from the configs
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,check]'
 	touch $@
 
-bench-cpu: .venv/ready  ## speed and memory beside transformers; about half an hour on two cores
+bench-cpu: .venv/ready  ## speed and memory beside transformers; about a quarter of an hour on two cores
 	$(BIN)/python bench/model_cpu.py --json bench/results/model_cpu.json
 
 clean:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -52,35 +52,21 @@ class Case:
 
 def bench_config(pattern: tuple[int, ...]):
     """The shape of the comparison: hidden 256, 8 heads of 64, 16 experts of 256 with 4 active, vocabulary 4096."""
-    from dsv4.config import model as m
+    from dsv4.config.model import RATIO
+    from dsv4.config.presets import nano
 
-    kinds = {ratio: kind for kind, ratio in m.RATIO.items()}
-    return m.ModelConfig(
-        vocab_size=4096,
-        hidden_size=256,
+    small = nano()
+    kinds = {ratio: kind for kind, ratio in RATIO.items()}
+    return replace(
+        small,
         layer_kinds=tuple(kinds[ratio] for ratio in pattern),
         mtp_kinds=(),
-        attention=m.AttentionConfig(
-            num_heads=8, head_dim=64, rotary_dims=16, q_rank=128, o_groups=4, o_rank=64, window=128
-        ),
-        indexer=m.IndexerConfig(num_heads=8, head_dim=32, top_k=64),
-        rope=m.RopeConfig(
-            theta=10000, compress_theta=160000, factor=16, original_context=4096, beta_fast=32, beta_slow=1
-        ),
-        hyper_connections=m.HyperConnectionConfig(streams=4, sinkhorn_iterations=20, eps=1e-6),
-        moe=m.MoEConfig(
-            num_experts=16,
-            experts_per_token=4,
-            expert_dim=256,
-            routed_scale=1.5,
-            swiglu_limit=10.0,
-            num_hash_layers=0,
-        ),
+        attention=replace(small.attention, num_heads=8, head_dim=64, rotary_dims=16, o_groups=4, o_rank=64),
+        indexer=replace(small.indexer, num_heads=8, head_dim=32),
+        rope=replace(small.rope, factor=16, original_context=4096),
+        moe=replace(small.moe, num_experts=16, experts_per_token=4, expert_dim=256, num_hash_layers=0),
         max_context=65536,
-        norm_eps=1e-6,
         initializer_range=0.06,
-        bos_token_id=0,
-        eos_token_id=1,
         storage="float32",
     )
 

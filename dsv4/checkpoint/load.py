@@ -55,7 +55,8 @@ def load_model(
     targets = dict(released_tensors(model))
     for file in sorted(set(files.values())):
         with safe_open(root / file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
+            names = shard.keys()
+            for name in names:
                 targets[name].copy_(shard.get_tensor(name))
     return model.eval()
 
@@ -82,7 +83,8 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each tensor of a file, from its header. The file's length is checked against it."""
     try:
         with safe_open(path, framework="pt") as shard:
-            parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
+            names = shard.keys()
+            parts = {name: shard.get_slice(name) for name in names}
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"file {path} cannot be read as safetensors: {error}") from error
