@@ -17,7 +17,7 @@ from dsv4.checkpoint.names import released_tensors
 from dsv4.checkpoint.save import INDEX
 from dsv4.config.load import load_config
 from dsv4.model.transformer import Transformer
-from dsv4.ops.backend import Backend
+from dsv4.ops.backend import BackendChoice
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -26,7 +26,7 @@ PROBLEMS_SHOWN = 20
 
 
 def load_model(
-    directory: str | os.PathLike[str], precision: Precision = "float32", *, backend: Backend = "portable"
+    directory: str | os.PathLike[str], precision: Precision = "float32", *, backend: BackendChoice = "auto"
 ) -> Transformer:
     """Load a checkpoint directory and return the model in eval mode.
 

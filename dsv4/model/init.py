@@ -15,13 +15,13 @@ from torch import nn
 
 from dsv4.config.model import ModelConfig
 from dsv4.model.transformer import Transformer
-from dsv4.ops.backend import Backend
+from dsv4.ops.backend import BackendChoice
 
 GATE = 0.01  # initial mHC gates
 OFF_DIAGONAL = -8.0  # initial logit of mixing two different streams
 
 
-def new_model(config: ModelConfig, seed: int = 0, *, backend: Backend = "portable") -> Transformer:
+def new_model(config: ModelConfig, seed: int = 0, *, backend: BackendChoice = "auto") -> Transformer:
     """Return a float32 model with fresh parameters, in train mode; the same seed gives the same model."""
     model = Transformer(config, backend=backend)
     initialize_(model, seed)

@@ -15,7 +15,7 @@ from dsv4.model.call import Call, make_call
 from dsv4.model.linear import Linear, Norm
 from dsv4.model.state import State
 from dsv4.ops import mhc
-from dsv4.ops.backend import Backend, check_backend
+from dsv4.ops.backend import Backend, BackendChoice, check_backend, resolve
 from dsv4.ops.rmsnorm import rmsnorm
 
 
@@ -72,13 +72,13 @@ class Transformer(nn.Module):
         *,
         weight_dtype: torch.dtype = torch.float32,
         activation_dtype: torch.dtype = torch.float32,
-        backend: Backend = "portable",
+        backend: BackendChoice = "auto",
     ) -> None:
         super().__init__()
         check_backend(backend)
         self.config = config
         self.activation_dtype = activation_dtype
-        self.backend: Backend = backend
+        self.backend: BackendChoice = backend
         self.embed = Embedding(config, weight_dtype)
         self.layers = nn.ModuleList(
             Block(config, kind, config.is_hash_layer(layer), weight_dtype)
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
             places = rows.packed(segment_ids, ratios)
         else:
             places = rows.continued(B, T, state.length if state else 0, ratios, token_ids.device)
-        call = make_call(self.config, token_ids, places, backend=self.backend, dense=dense)
+        call = make_call(self.config, token_ids, places, backend=resolve(self.backend, token_ids.device), dense=dense)
         embedded = self.embed(token_ids).to(self.activation_dtype)  # [B, T, D]
         streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [B, T, N, D]
         if state is not None:
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
 
     def hidden(self, streams: torch.Tensor) -> torch.Tensor:
         """Fold and normalise the streams: what the head reads, [B, T, D]."""
-        return _fold(self, self.config, streams, self.backend)
+        return _fold(self, self.config, streams, resolve(self.backend, streams.device))
 
     def mtp_hidden(self, streams: torch.Tensor, call: Call, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return what the head reads to predict token i + 2 at position i, [B, T - 1, D].

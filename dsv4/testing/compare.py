@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -71,3 +71,25 @@ def _leaf(value: torch.Tensor | None) -> torch.Tensor | None:
     if value is None or not value.dtype.is_floating_point:
         return value
     return value.detach().requires_grad_()
+
+
+def assert_kernels_agree(operation: Callable, dtypes: Sequence[torch.dtype], **inputs: torch.Tensor | None) -> None:
+    """Hold ``operation(backend="native")`` to the reference in float64, within twice the portable path's distance.
+
+    inputs are float32; those named ``streams``, ``y``, ``x``, ``gate`` and ``up`` take each of ``dtypes`` in turn, as
+    activations do. The kernels must have run: a float64 input would go to the portable path.
+    """
+    activations = {"streams", "y", "x", "gate", "up"} & inputs.keys()
+    for dtype in dtypes:
+        now = {n: v.to(dtype) if n in activations and v is not None else v for n, v in inputs.items()}
+        exact = {n: v.double() if v is not None and v.is_floating_point() else v for n, v in now.items()}
+        wanted = evaluate(lambda **leaves: operation(backend="reference", **leaves), **exact)
+        portable, kernels = (
+            evaluate(lambda backend=backend, **leaves: operation(backend=backend, **leaves), **now)
+            for backend in ("portable", "native")
+        )
+        assert kernels.keys() == wanted.keys()
+        for name, expected in wanted.items():
+            assert kernels[name].dtype == portable[name].dtype, name
+            allowed = 2 * (portable[name].double() - expected).norm() + 1e-6 * (1 + expected.norm())
+            assert (kernels[name].double() - expected).norm() <= allowed, f"{name} in {dtype}"

@@ -21,7 +21,7 @@ from dsv4.config.model import (
 )
 from dsv4.model.init import new_model
 from dsv4.model.transformer import Transformer
-from dsv4.ops.backend import Backend
+from dsv4.ops.backend import BackendChoice
 
 # Of seeds 0 to 399 the one with the widest margins: in the tests' sequences no expert and no entry is chosen over
 # another by less than 3e-5, and nothing lies within 1e-5 of a clamp, where the gradient jumps. That is ten times
@@ -71,7 +71,7 @@ def pro_like() -> ModelConfig:
     )
 
 
-def toy_model(config: ModelConfig, seed: int = 0, *, backend: Backend = "portable") -> Transformer:
+def toy_model(config: ModelConfig, seed: int = 0, *, backend: BackendChoice = "auto") -> Transformer:
     """Return a float32 model whose every parameter is random; the same seed gives the same model."""
     model = new_model(config, seed, backend=backend)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -110,13 +110,15 @@ def test_dense_continues_a_state(toy):
         assert (torch.cat(parts, dim=1) - model(token_ids, dense=True).logits).abs().max() < TOLERANCE
 
 
-def test_reference_and_portable_agree(toy):
-    portable, token_ids = toy
-    reference = toy_model(portable.config, backend="reference")
+@pytest.mark.parametrize("backend", ["portable", "native"])
+def test_reference_and_fast_paths_agree(toy, backend):
+    fast, token_ids = toy
+    fast = toy_model(fast.config, backend=backend)
+    reference = toy_model(fast.config, backend="reference")
     token_ids = token_ids[:, :140]
-    parameters = {n: p for n, p in portable.named_parameters() if p.requires_grad and ".indexer." not in n}
+    parameters = {n: p for n, p in fast.named_parameters() if p.requires_grad and ".indexer." not in n}
     results = []
-    for model in (portable, reference):
+    for model in (fast, reference):
         output = model(token_ids, mtp=True)
         weights = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(4))
         loss = (output.logits * weights).sum() + (output.mtp_logits * weights[:, 1:]).sum()
@@ -130,5 +132,5 @@ def test_reference_and_portable_agree(toy):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend is 'fast'; expected one of reference, portable"):
+    with pytest.raises(ValueError, match="backend is 'fast'; expected one of auto, reference, portable, native"):
         toy_model(flash_like(), backend="fast")

@@ -1,8 +1,10 @@
 """Implementations are chosen by name, and a wrong name says which ones exist."""
 
 import pytest
+import torch
 
-from dsv4.ops.backend import check_backend, pick
+from dsv4 import native
+from dsv4.ops.backend import check_backend, pick, resolve
 
 
 def reference():
@@ -13,19 +15,36 @@ def portable():
     return "the fast path"
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+def kernel():
+    return "the fast path on a CPU"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "portable", "native"])
 def test_known_names_pass(backend):
     check_backend(backend)
 
 
-@pytest.mark.parametrize(("backend", "chosen"), [("reference", reference), ("portable", portable)])
+@pytest.mark.parametrize(("backend", "chosen"), [("reference", reference), ("portable", portable), ("native", kernel)])
 def test_the_named_implementation_is_returned(backend, chosen):
-    assert pick(backend, reference=reference, portable=portable) is chosen
+    assert pick(backend, reference=reference, portable=portable, native=kernel) is chosen
+
+
+def test_an_operation_without_kernels_has_its_portable_one():
+    assert pick("native", reference=reference, portable=portable) is portable
+
+
+@pytest.mark.parametrize(("has_kernels", "device", "resolved"), [
+    (True, "cpu", "native"), (False, "cpu", "portable"), (True, "meta", "portable"),
+])  # fmt: skip
+def test_auto_is_the_fastest_that_runs(monkeypatch, has_kernels, device, resolved):
+    monkeypatch.setattr(native, "available", lambda: has_kernels)
+    assert resolve("auto", torch.device(device)) == resolved
+    assert resolve("reference", torch.device(device)) == "reference"
 
 
 @pytest.mark.parametrize("backend", ["", "cuda", "Portable", None])
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(backend):
-    with pytest.raises(ValueError, match=rf"backend is {backend!r}; expected one of reference, portable"):
+    with pytest.raises(ValueError, match=rf"backend is {backend!r}; expected one of auto, reference, portable"):
         check_backend(backend)
     with pytest.raises(ValueError, match="expected one of reference, portable"):
         pick(backend, reference=reference, portable=portable)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.experts import portable, reference
+from dsv4.ops.experts import native, portable, reference
 from dsv4.ops.shapes import Shapes, check_integer
 
 
@@ -21,7 +21,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, *, backend: Backe
     """
     if gate.shape != up.shape:
         raise ValueError(f"up has shape {list(up.shape)}; expected that of gate, {list(gate.shape)}")
-    return pick(backend, reference=reference.swiglu, portable=portable.swiglu)(gate, up, limit)
+    return pick(backend, reference=reference.swiglu, portable=portable.swiglu, native=native.swiglu)(gate, up, limit)
 
 
 def experts(
@@ -48,5 +48,5 @@ def experts(
     shapes.check("w3", w3, "E F D")
     shapes.check("w2", w2, "E D F")
     check_integer("chosen", chosen)
-    chosen_implementation = pick(backend, reference=reference.experts, portable=portable.experts)
+    chosen_implementation = pick(backend, reference=reference.experts, portable=portable.experts, native=native.experts)
     return chosen_implementation(x, chosen, weights, w1, w2, w3, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,37 @@ def experts(
     limit: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts``."""
-    return _Experts.apply(x, weights, w1, w2, w3, _group(chosen.flatten(), w1.shape[0]), limit)
+    return run(x, chosen, weights, w1, w2, w3, limit, ACTIVATION)
+
+
+class ActivationGrads(NamedTuple):
+    """The weighted activation, and the gradients of gate, up [n, F] and of the weight [n]."""
+
+    activated: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    weight: torch.Tensor
+
+
+class Activation(NamedTuple):
+    """The weighted SwiGLU of [n, F] rows in their dtype: forward, and backward forming it again."""
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], ActivationGrads]
+
+
+def run(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    limit: float,
+    activation: Activation,
+) -> torch.Tensor:
+    """Run the experts with this form of the activation."""
+    return _Experts.apply(x, weights, w1, w2, w3, _group(chosen.flatten(), w1.shape[0]), limit, activation)
 
 
 class _Groups(NamedTuple):
@@ -89,6 +120,22 @@ def _activate_again(
     return activated, grad_gate.to(gate.dtype), grad_up.to(up.dtype)
 
 
+def _weighted(gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, limit: float) -> torch.Tensor:
+    return _activate(gate, up, limit).mul_(weight[:, None]).to(gate.dtype)
+
+
+def _weighted_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, limit: float
+) -> ActivationGrads:
+    grad = grad.to(weight.dtype)
+    activated, grad_gate, grad_up = _activate_again(grad, gate, up, weight[:, None], limit)
+    grad_weight = torch.linalg.vecdot(grad, activated)
+    return ActivationGrads(activated.mul_(weight[:, None]).to(gate.dtype), grad_gate, grad_up, grad_weight)
+
+
+ACTIVATION = Activation(_weighted, _weighted_backward)
+
+
 def _clamp_backward(grad: torch.Tensor, x: torch.Tensor, lowest: float, highest: float) -> torch.Tensor:
     """The gradient where lowest <= x <= highest, else 0: one pass, where a mask takes three.
 
@@ -116,19 +163,19 @@ class _SwiGLU(torch.autograd.Function):
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, w1, w2, w3, groups, limit):
+    def forward(ctx, x, weights, w1, w2, w3, groups, limit, activation):
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight = _with_zero(weights.flatten().to(wide))[groups.slots, None]
+        weight = _with_zero(weights.flatten().to(wide))[groups.slots]
         rows = _with_zero(x)[groups.slots // weights.shape[1]]  # [slots, D]
         gate, up = (x.new_empty(len(rows), w1.shape[1]) for _ in range(2))  # [slots, F]
         y = torch.empty_like(rows)
         for expert, now in groups.spans:
             torch.mm(rows[now], w1[expert].to(x.dtype).T, out=gate[now])
             torch.mm(rows[now], w3[expert].to(x.dtype).T, out=up[now])
-            hidden = _activate(gate[now], up[now], limit).mul_(weight[now]).to(x.dtype)
+            hidden = activation.forward(gate[now], up[now], weight[now], limit)
             torch.mm(hidden, w2[expert].to(x.dtype).T, out=y[now])
         ctx.save_for_backward(x, weights, w1, w2, w3, gate, up)
-        ctx.groups, ctx.limit = groups, limit
+        ctx.groups, ctx.limit, ctx.activation = groups, limit, activation
         return _sum_choices(y, groups.places, weights.shape[1], wide)
 
     @staticmethod
@@ -137,23 +184,23 @@ class _Experts(torch.autograd.Function):
         x, weights, w1, w2, w3, gate, up = ctx.saved_tensors
         groups, wide, dtype = ctx.groups, grad.dtype, x.dtype
         token = groups.slots // weights.shape[1]
-        weight = _with_zero(weights.flatten().to(wide))[groups.slots, None]
+        weight = _with_zero(weights.flatten().to(wide))[groups.slots]
         rows, grad_rows = _with_zero(x)[token], _with_zero(grad.to(dtype))[token]  # [slots, D]
         grad_weight = grad.new_empty(len(rows))
         grad_w1, grad_w2, grad_w3 = (torch.zeros_like(w) for w in (w1, w2, w3))
         for expert, now in groups.spans:
-            grad_hidden = torch.mm(grad_rows[now], w2[expert].to(dtype)).to(wide)
-            activated, grad_gate, grad_up = _activate_again(grad_hidden, gate[now], up[now], weight[now], ctx.limit)
-            grad_weight[now] = torch.linalg.vecdot(grad_hidden, activated)
-            grad_w2[expert] = torch.mm(grad_rows[now].T, activated.mul_(weight[now]).to(dtype))
-            grad_w1[expert] = torch.mm(grad_gate.T, rows[now])
-            grad_w3[expert] = torch.mm(grad_up.T, rows[now])
+            grad_hidden = torch.mm(grad_rows[now], w2[expert].to(dtype))
+            inner = ctx.activation.backward(grad_hidden, gate[now], up[now], weight[now], ctx.limit)
+            grad_weight[now] = inner.weight
+            grad_w2[expert] = torch.mm(grad_rows[now].T, inner.activated)
+            grad_w1[expert] = torch.mm(inner.gate.T, rows[now])
+            grad_w3[expert] = torch.mm(inner.up.T, rows[now])
             # This expert's gradient rows are used up: they give their place to the gradient of its inputs.
-            torch.mm(grad_gate, w1[expert].to(dtype), out=grad_rows[now])
-            grad_rows[now].addmm_(grad_up, w3[expert].to(dtype))
+            torch.mm(inner.gate, w1[expert].to(dtype), out=grad_rows[now])
+            grad_rows[now].addmm_(inner.up, w3[expert].to(dtype))
         grad_x = _sum_choices(grad_rows, groups.places, weights.shape[1], wide).to(dtype)
         grad_weights = grad_weight[groups.places].view(weights.shape).to(weights.dtype)
-        return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None
+        return grad_x, grad_weights, grad_w1, grad_w2, grad_w3, None, None, None
 
 
 def _sum_choices(y: torch.Tensor, places: torch.Tensor, num_choices: int, dtype: torch.dtype) -> torch.Tensor:

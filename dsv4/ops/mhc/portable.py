@@ -95,19 +95,19 @@ class _Sinkhorn(torch.autograd.Function):
         return _sinkhorn_backward(grad, *_sinkhorn_rounds(logits, ctx.eps, ctx.iterations)), None, None
 
 
-def _parts(scale: torch.Tensor, N: int) -> tuple[int, ...]:
+def split_scale(scale: torch.Tensor, N: int) -> tuple[int, ...]:
     """How many mixes each number of the scale multiplies: pre, post and comb, or pre alone at the head."""
     return (N, N, N * N) if scale.numel() == 3 else (N,)
 
 
-def _per_row(scale: torch.Tensor, N: int) -> torch.Tensor:
+def per_mix(scale: torch.Tensor, N: int) -> torch.Tensor:
     """The scale of each mix, [M]."""
-    return torch.cat([one.expand(size) for one, size in zip(scale, _parts(scale, N), strict=True)])
+    return torch.cat([one.expand(size) for one, size in zip(scale, split_scale(scale, N), strict=True)])
 
 
-def _logits(mixes: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, N: int) -> torch.Tensor:
+def affine(mixes: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, N: int) -> torch.Tensor:
     """The affine map of the mixes, token-last: [M, T]."""
-    return torch.addcmul(base[:, None], _per_row(scale, N)[:, None], mixes.T).contiguous()
+    return torch.addcmul(base[:, None], per_mix(scale, N)[:, None], mixes.T).contiguous()
 
 
 class _Pre(torch.autograd.Function):
@@ -126,7 +126,7 @@ class _Pre(torch.autograd.Function):
             pre_weights = torch.sigmoid(mixes[now, :N] * scale[0] + base[:N]) + eps  # [t, N]
             u = _read(wide, pre_weights, streams.dtype)
             x[now] = u.mul_(_inverse_rms(u, norm_eps)).mul_(norm_weight.to(u.dtype))
-        logits = _logits(mixes, base, scale, N)  # [M, T]
+        logits = affine(mixes, base, scale, N)  # [M, T]
         post_weights = (2 * torch.sigmoid(logits[N : 2 * N])).T.contiguous()  # [T, N], empty at the head
         comb = fn.new_empty(0)
         if iterations:
@@ -142,7 +142,7 @@ class _Pre(torch.autograd.Function):
     def backward(ctx, grad_x, grad_post, grad_comb, grad_carried):
         streams, fn, base, scale, norm_weight, mixes, inverse_rms = ctx.saved_tensors
         T, N, D = streams.shape
-        logits = _logits(mixes, base, scale, N)
+        logits = affine(mixes, base, scale, N)
         gates = torch.sigmoid(logits[: 2 * N])
         slope = gates * (1 - gates)  # [2N, T], or [N, T] at the head
         pre_weights = (gates[:N] + ctx.eps).T.contiguous()  # [T, N]
@@ -152,7 +152,7 @@ class _Pre(torch.autograd.Function):
         if grad_comb is not None:
             rounds = _sinkhorn_rounds(logits[2 * N :].view(N, N, T), ctx.eps, ctx.iterations)
             grad_logits[2 * N :] = _sinkhorn_backward(grad_comb.permute(1, 2, 0).contiguous(), *rounds).flatten(0, 1)
-        factor = _per_row(scale, N)
+        factor = per_mix(scale, N)
         narrow_fn = fn.to(streams.dtype)  # the two large products of backward run in the dtype of the streams
         grad_fn, grad_norm = torch.zeros_like(fn), torch.zeros_like(norm_weight, dtype=fn.dtype)
         grad_streams = torch.empty_like(streams)
@@ -179,7 +179,7 @@ class _Pre(torch.autograd.Function):
                 grad_now += grad_carried[now].to(fn.dtype)
             grad_streams[now] = grad_now
         grad_scale = (grad_logits * mixes.T).sum(dim=1)  # [M]
-        grad_scale = torch.stack([part.sum() for part in grad_scale.split(_parts(scale, N))])
+        grad_scale = torch.stack([part.sum() for part in grad_scale.split(split_scale(scale, N))])
         grad_norm = grad_norm.to(norm_weight.dtype)
         return grad_streams, grad_fn, grad_logits.sum(dim=1), grad_scale, grad_norm, None, None, None
 
