@@ -19,6 +19,13 @@ static inline float sum_lanes(vec v) {
     return total;
 }
 
+// The product of two rows of ``width`` floats, whole vectors.
+static inline float dot(const float *a, const float *b, long width) {
+    vec total = {0};
+    for (long d = 0; d < width; d += LANES) total += load(a + d) * load(b + d);
+    return sum_lanes(total);
+}
+
 // How many floats hold a row of n in whole vectors.
 static inline long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
 

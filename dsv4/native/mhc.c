@@ -27,12 +27,6 @@ static void products(float *out, const float *x, const float *fn, long M, long w
     }
 }
 
-static float dot(const float *a, const float *b, long width) {
-    vec total = {0};
-    for (long d = 0; d < width; d += LANES) total += load(a + d) * load(b + d);
-    return sum_lanes(total);
-}
-
 static float inverse_rms_of(const float *x, long width, long n, float eps) {
     return 1.0f / sqrtf(dot(x, x, width) / n + eps);
 }

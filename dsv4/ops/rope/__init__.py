@@ -15,7 +15,7 @@ import math
 import torch
 
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.rope import portable, reference
+from dsv4.ops.rope import native, portable, reference
 from dsv4.ops.shapes import Shapes
 
 
@@ -78,7 +78,9 @@ def rotate(
     _check_channels(x, cos)
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
-    return pick(backend, reference=reference.rotate, portable=portable.rotate)(x, cos, -sin if inverse else sin)
+    return pick(backend, reference=reference.rotate, portable=portable.rotate, native=native.rotate)(
+        x, cos, -sin if inverse else sin
+    )
 
 
 def rotate_unit(
@@ -93,7 +95,7 @@ def rotate_unit(
     shapes.check("cos", cos, "B T r")
     shapes.check("sin", sin, "B T r")
     _check_channels(x, cos)
-    chosen = pick(backend, reference=reference.rotate_unit, portable=portable.rotate_unit)
+    chosen = pick(backend, reference=reference.rotate_unit, portable=portable.rotate_unit, native=native.rotate_unit)
     return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)
 
 
