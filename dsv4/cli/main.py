@@ -5,30 +5,42 @@ A verb whose imports are heavy imports them in its body, so that ``dsv4 inspect`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import tyro
 from rich.console import Console
 
 from dsv4.cli.efficiency import efficiency
+from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
+from dsv4.cli.train import train
 
 VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "efficiency": efficiency,
+    "train": train,
+    "generate": generate,
 }
 
 USER_ERROR = 2  # exit code; tyro's own for a wrong option is 2 as well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code. What the user did wrong is printed in red, without a traceback."""
+    """Run one verb and return the exit code. What the user did wrong is printed in red, without a traceback.
+
+    The options of ``train`` are the fields of the recipe it names, so it reads its arguments itself.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == ["train"]:
+            train(arguments[1:])
+            return 0
         tyro.extras.subcommand_cli_from_dict(
             VERBS,
             prog="dsv4",
-            description="DeepSeek-V4 in one package: what a model is, and what it costs.",
-            args=argv,
+            description="DeepSeek-V4 in one package: what a model is and costs, training it, and what it says.",
+            args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
     except (ValueError, OSError) as error:

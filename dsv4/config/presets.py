@@ -1,4 +1,4 @@
-"""The models this package knows by name: the four released ones and two small ones to train.
+"""The models this package knows by name: the four released ones, two small ones to train and a tiny one to test.
 
 A preset is a plain function that returns a whole ``ModelConfig``; a variant is a ``replace`` of another.
 The layer pattern is written out as data, in the order of the released ``compress_ratios``.
@@ -25,6 +25,7 @@ FLASH_LAYERS: tuple[LayerKind, ...] = ("window", "window", *(PAIR * 20), "csa") 
 PRO_LAYERS: tuple[LayerKind, ...] = ("hca", "hca", *(PAIR * 29), "csa")  # 61
 MINI_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa", "hca", "csa", "hca", "csa")
 NANO_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa", "hca", "csa")
+SMOKE_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa")
 
 
 def flash() -> ModelConfig:
@@ -144,6 +145,24 @@ def nano() -> ModelConfig:
     )
 
 
+def smoke() -> ModelConfig:
+    """A model of about 300K parameters, for tests: it runs through a whole schedule in seconds."""
+    large = nano()
+    return replace(
+        large,
+        vocab_size=512,
+        hidden_size=40,
+        layer_kinds=SMOKE_LAYERS,
+        attention=AttentionConfig(
+            num_heads=2, head_dim=80, rotary_dims=16, q_rank=24, o_groups=2, o_rank=14, window=16
+        ),
+        indexer=IndexerConfig(num_heads=8, head_dim=32, top_k=8),
+        rope=replace(large.rope, original_context=128),
+        moe=replace(large.moe, num_experts=4, expert_dim=28, num_hash_layers=1),
+        max_context=512,
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "flash": flash,
     "pro": pro,
@@ -151,6 +170,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "pro-base": pro_base,
     "mini": mini,
     "nano": nano,
+    "smoke": smoke,
 }
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.linear import Linear, Norm
+from dsv4.model.record import IndexerRequest, LayerRecord
 from dsv4.model.state import CompressorState, LayerState
+from dsv4.model.study import Attended, Projection, study
 from dsv4.ops import compress, index
 from dsv4.ops.attend import Entries, attend
 from dsv4.ops.rmsnorm import rmsnorm
@@ -72,21 +74,21 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, i.num_heads, dtype)
         self.compressor = Compressor(config, "csa", i.head_dim, dtype)
 
-    def project(
-        self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries [B, T, I, J], keys [B, C, J] and head weights [B, T, I]."""
-        q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
-        q = rotate(q, *call.token_rotation["csa"], backend=call.backend)
+    def forward(
+        self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None, queries: slice
+    ) -> Projection:
+        """Project ``queries`` of the tokens x [B, T, D] and q_low [B, T, Q], and all entries."""
+        cos, sin = call.token_rotation["csa"]
+        q = self.wq_b(q_low[:, queries]).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
+        q = rotate(q, cos[:, queries], sin[:, queries], backend=call.backend)
         keys = self.compressor(x, call, state)
         scale = self.head_dim**-0.5 * self.num_heads**-0.5
-        return q, keys, self.weights_proj(x) * scale
+        return Projection(q, keys, self.weights_proj(x[:, queries]) * scale)
 
-    def forward(self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None) -> torch.Tensor:
-        """Return the picked entries, [B, T, P] int64."""
+    def select(self, projection: Projection, call: Call) -> torch.Tensor:
+        """Return the entries that all queries pick, [B, T, P] int64."""
         blocks = call.rows.blocks[RATIO["csa"]]
-        q, keys, weights = self.project(x, q_low, call, state)
-        return index.select(q, keys, weights, blocks.begin, blocks.end, self.top_k, backend=call.backend)
+        return index.select(*projection, blocks.begin, blocks.end, self.top_k, backend=call.backend)
 
 
 class Attention(nn.Module):
@@ -112,7 +114,9 @@ class Attention(nn.Module):
         if kind == "csa":
             self.indexer = Indexer(config, dtype)
 
-    def forward(self, x: torch.Tensor, call: Call, state: LayerState | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, call: Call, state: LayerState | None, record: LayerRecord | None
+    ) -> torch.Tensor:
         """x: [B, T, D], normalised; returns [B, T, D]."""
         rotation = call.token_rotation[self.kind]
         q_low = rmsnorm(self.wq_a(x), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
@@ -121,16 +125,25 @@ class Attention(nn.Module):
         kv = rmsnorm(self.wkv(x), self.kv_norm.weight, self.eps, backend=call.backend)
         kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
         source = kv if state is None else state.extend_window(kv)
-        out, _ = attend(
+        request = record.indexer if record is not None and self.kind == "csa" else None
+        entries, measured = self._entries(x, q_low, call, state, request)
+        scale = self.head_dim**-0.5
+        out, log_sum_exp = attend(
             q,
             source,
             self.attn_sink,
             call.rows.raw_begin,
-            self._entries(x, q_low, call, state),
+            entries,
             window=self.window,
-            scale=self.head_dim**-0.5,
+            scale=scale,
             backend=call.backend,
         )
+        if record is not None and request is not None:
+            assert entries is not None
+            assert measured is not None
+            attended = Attended(q, entries, log_sum_exp, scale)
+            blocks, top_k = call.rows.blocks[RATIO["csa"]], self.indexer.top_k
+            record.indexed = study(request, measured, attended, blocks, top_k, backend=call.backend)
         out = rotate(out, *rotation, inverse=True, backend=call.backend)
         return self.wo_b(self._project_groups(out))
 
@@ -142,16 +155,44 @@ class Attention(nn.Module):
         low = torch.bmm(grouped, wo_a.transpose(1, 2))  # [G, B * T, O]
         return low.transpose(0, 1).reshape(B, T, -1)
 
-    def _entries(self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: LayerState | None) -> Entries | None:
+    def _entries(
+        self,
+        x: torch.Tensor,
+        q_low: torch.Tensor,
+        call: Call,
+        state: LayerState | None,
+        request: IndexerRequest | None,
+    ) -> tuple[Entries | None, Projection | None]:
+        """Return what the queries see and, for a request, the indexer's projection of its measured queries."""
         if self.kind == "window":
-            return None
-        picked = None
-        if self.kind == "csa" and not (call.dense and state is None):  # a state needs its keys, dense or not
-            # The language-model loss trains the main attention; it never reaches the indexer.
-            with torch.no_grad():
-                picked = self.indexer(x, q_low, call, None if state is None else state.indexer)
+            return None, None
+        picked, projection = None, self._index(x, q_low, call, state, request)
+        if projection is not None and not call.dense:
+            picked = self.indexer.select(projection, call)
+            projection = None if request is None else projection.at(request.measured)
         values = self.compressor(x, call, None if state is None else state.compressor)
-        if picked is not None and not call.dense:
-            return Entries(values, picked=picked)
+        if picked is not None:
+            return Entries(values, picked=picked), projection
         blocks = call.rows.blocks[RATIO[self.kind]]
-        return Entries(values, begin=blocks.begin, end=blocks.end)
+        return Entries(values, begin=blocks.begin, end=blocks.end), projection
+
+    def _index(
+        self,
+        x: torch.Tensor,
+        q_low: torch.Tensor,
+        call: Call,
+        state: LayerState | None,
+        request: IndexerRequest | None,
+    ) -> Projection | None:
+        """Project the indexer where anything needs it: a choice, a state that keeps its keys, or a request.
+
+        The language-model loss trains the main attention and never reaches the indexer. The indexer's own loss
+        stops at the indexer's inputs.
+        """
+        if self.kind != "csa" or (call.dense and state is None and request is None):
+            return None
+        learns = torch.is_grad_enabled() and request is not None and request.learn
+        queries = request.measured if request is not None and call.dense else slice(None)
+        keys = None if state is None else state.indexer
+        with torch.set_grad_enabled(learns):
+            return self.indexer(x.detach(), q_low.detach(), call, keys, queries)

@@ -11,6 +11,7 @@ from dsv4.model.call import Call
 from dsv4.model.linear import Norm
 from dsv4.model.moe import MoE
 from dsv4.model.recompute import recomputed
+from dsv4.model.record import LayerRecord
 from dsv4.model.state import LayerState
 from dsv4.ops import mhc
 
@@ -32,16 +33,18 @@ class Block(nn.Module):
         self.ffn_norm = Norm(config.hidden_size, dtype)
         self.ffn = MoE(config, is_hash, dtype)
 
-    def forward(self, streams: torch.Tensor, call: Call, state: LayerState | None) -> torch.Tensor:
+    def forward(
+        self, streams: torch.Tensor, call: Call, state: LayerState | None, record: LayerRecord | None
+    ) -> torch.Tensor:
         """streams: [B, T, N, D]; returns the same shape."""
         mix = mhc.Mix(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         first = self._read(streams, mix, self.attn_norm, call)
-        y = self.attn(first.x, call, state)
+        y = self.attn(first.x, call, state, record)
         middle = mhc.post(first, y, backend=call.backend)
         with recomputed(middle, lambda: mhc.post(first, y, backend=call.backend)):
             mix = mhc.Mix(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
             second = self._read(middle, mix, self.ffn_norm, call)
-            return mhc.post(second, self.ffn(second.x, call), backend=call.backend)
+            return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
 
     def _read(self, streams: torch.Tensor, mix: mhc.Mix, norm: Norm, call: Call) -> mhc.Reading:
         return mhc.pre(

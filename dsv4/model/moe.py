@@ -9,7 +9,10 @@ from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.linear import Linear, wide_linear
 from dsv4.model.recompute import recomputed
+from dsv4.model.record import LayerRecord
+from dsv4.model.rows import Rows
 from dsv4.ops import route
+from dsv4.ops.balance import balance
 from dsv4.ops.experts import experts, swiglu
 
 
@@ -33,15 +36,29 @@ class Router(nn.Module):
             self.register_buffer("tid2eid", None)
             self.bias = nn.Parameter(torch.empty(moe.num_experts, dtype=torch.float32), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, D], T counting all rows' tokens; returns experts [T, A] int64 and weights [T, A] float32."""
         affinities = route.affinity(wide_linear(x, self.weight), backend=call.backend)  # [T, E]
-        if self.tid2eid is not None:
-            chosen = self.tid2eid[call.token_ids.flatten()]
-        else:
-            assert self.bias is not None
-            chosen = route.choose(affinities, self.bias, self.experts_per_token)
+        chosen = self._choose(affinities, call) if record is None or record.forced is None else record.forced
+        if record is not None:
+            record.chosen = chosen
+            if record.balance_weights is not None and self.tid2eid is None:  # a table has nothing to learn
+                weights = record.balance_weights.flatten()
+                record.balance = balance(affinities, chosen, _documents(call.rows), weights, backend=call.backend)
         return chosen, route.weigh(affinities, chosen, self.routed_scale)
+
+    def _choose(self, affinities: torch.Tensor, call: Call) -> torch.Tensor:
+        if self.tid2eid is not None:
+            return self.tid2eid[call.token_ids.flatten()]
+        assert self.bias is not None
+        return route.choose(affinities, self.bias, self.experts_per_token)
+
+
+def _documents(rows: Rows) -> torch.Tensor:
+    """The number of each token's document among those of all rows, from 0 on: [B * T] int64."""
+    token = torch.arange(rows.raw_begin.shape[1], device=rows.raw_begin.device)
+    is_first = rows.raw_begin == token  # a row that goes on from a state begins at 0 too
+    return is_first.flatten().cumsum(dim=0) - 1
 
 
 class Experts(nn.Module):
@@ -82,10 +99,10 @@ class MoE(nn.Module):
         self.experts = Experts(config, dtype)
         self.shared_experts = SharedExpert(config, dtype)
 
-    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> torch.Tensor:
         """x: [B, T, D], normalised; returns [B, T, D]."""
         flat = x.flatten(0, 1)  # [B * T, D]
-        chosen, weights = self.gate(flat, call)
+        chosen, weights = self.gate(flat, call, record)
         w = self.experts
         routed = experts(flat, chosen, weights, w.w1, w.w2, w.w3, self.limit, backend=call.backend)
         return (routed + self.shared_experts(flat, call)).to(x.dtype).view(x.shape)

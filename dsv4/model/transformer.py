@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from dsv4.model import rows
 from dsv4.model.block import Block
 from dsv4.model.call import Call, make_call
 from dsv4.model.linear import Linear, Norm
+from dsv4.model.record import LayerRecord, check_records
 from dsv4.model.state import State
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend, BackendChoice, check_backend, resolve
@@ -124,10 +126,16 @@ class Transformer(nn.Module):
         segment_ids: torch.Tensor | None = None,
         mtp: bool = False,
         dense: bool = False,
+        records: Sequence[LayerRecord] | None = None,
     ) -> tuple[torch.Tensor, Call]:
-        """Return the streams after the last layer, [B, T, N, D], and the call they belong to."""
+        """Return the streams after the last layer, [B, T, N, D], and the call they belong to.
+
+        records: one for each layer, without the MTP block; each steers its layer and is filled in by it.
+        """
         self._check(token_ids, state, segment_ids, mtp)
         B, T = token_ids.shape
+        if records is not None:
+            self._check_records(records, len(self.layers), (B, T), state is not None)
         ratios = sorted({RATIO[kind] for kind in self.config.layer_kinds} - {0})
         if segment_ids is not None:
             places = rows.packed(segment_ids, ratios)
@@ -139,7 +147,12 @@ class Transformer(nn.Module):
         if state is not None:
             state.is_whole = False
         for i, layer in enumerate(self.layers):
-            streams = layer(streams, call, None if state is None else state.layers[i])
+            streams = layer(
+                streams,
+                call,
+                None if state is None else state.layers[i],
+                None if records is None else records[i],
+            )
         if state is not None:
             state.length, state.is_whole = state.length + T, True
         return streams, call
@@ -148,15 +161,24 @@ class Transformer(nn.Module):
         """Fold and normalise the streams: what the head reads, [B, T, D]."""
         return _fold(self, self.config, streams, resolve(self.backend, streams.device))
 
-    def mtp_hidden(self, streams: torch.Tensor, call: Call, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def mtp_hidden(
+        self,
+        streams: torch.Tensor,
+        call: Call,
+        segment_ids: torch.Tensor | None = None,
+        record: LayerRecord | None = None,
+    ) -> torch.Tensor:
         """Return what the head reads to predict token i + 2 at position i, [B, T - 1, D].
 
-        Position i joins the streams of token i with the embedding of token i + 1.
+        Position i joins the streams of token i with the embedding of token i + 1. record: of the MTP block, whose
+        call has T - 1 tokens.
         """
         block = self.mtp[0]
         assert isinstance(block, MTP)
         next_ids = call.token_ids[:, 1:]
         B, T = next_ids.shape
+        if record is not None:
+            self._check_records([record], 1, (B, T), has_state=False)
         places = (
             rows.continued(B, T, 0, (), next_ids.device)
             if segment_ids is None
@@ -164,11 +186,17 @@ class Transformer(nn.Module):
         )
         next_call = make_call(self.config, next_ids, places, backend=call.backend)
         joined = block.join(streams[:, :-1], self.embed(next_ids).to(self.activation_dtype), call.backend)
-        return _fold(block, self.config, block(joined, next_call, None), call.backend)
+        return _fold(block, self.config, block(joined, next_call, None, record), call.backend)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., D]; returns [..., V] float32, multiplied in float32."""
         return self.head(hidden.float())
+
+    def _check_records(
+        self, records: Sequence[LayerRecord], num_layers: int, tokens: tuple[int, int], has_state: bool
+    ) -> None:
+        moe = self.config.moe
+        check_records(records, num_layers, tokens, (moe.num_experts, moe.experts_per_token), has_state)
 
     def _check(self, token_ids: torch.Tensor, state: State | None, segment_ids: torch.Tensor | None, mtp: bool) -> None:
         """Refuse anything that cannot be computed, before any of it is."""

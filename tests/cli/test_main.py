@@ -34,7 +34,10 @@ def test_help_of_a_verb_is_plain(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["inspect", "flsh"], "error: preset is 'flsh'; expected one of flash, pro, flash-base, pro-base, mini, nano;"),
+        (
+            ["inspect", "flsh"],
+            "error: preset is 'flsh'; expected one of flash, pro, flash-base, pro-base, mini, nano, smoke;",
+        ),
         (["inspect", "nano", "--context", "4097"], "error: --context is 4097; expected 1 to 4096,"),
         (["inspect", "nano", "--context", "0"], "error: --context is 0; expected 1 to 4096,"),
         (

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from dsv4.accounting.parameters import parameters
 from dsv4.config.model import RATIO
-from dsv4.config.presets import PRESETS, flash, flash_base, nano, preset, pro, pro_base
+from dsv4.config.presets import PRESETS, flash, flash_base, nano, preset, pro, pro_base, smoke
 
 
 def test_released_patterns_are_the_released_compress_ratios():
@@ -22,7 +23,7 @@ def test_base_differs_from_instruct_in_storage_alone(base, instruct):
     assert dataclasses.replace(base(), storage="fp4") == instruct()
 
 
-@pytest.mark.parametrize("name", ["mini", "nano"])
+@pytest.mark.parametrize("name", ["mini", "nano", "smoke"])
 def test_small_models_have_every_idea_of_the_large(name):
     config = preset(name)
     assert set(config.layer_kinds) == {"window", "csa", "hca"}
@@ -43,8 +44,12 @@ def test_toy_sizes_of_nano_differ_where_a_swap_could_hide():
     assert config.attention.group_dim == 256
 
 
+def test_smoke_is_tiny():
+    assert 100_000 < parameters(smoke()).with_mtp.total < 350_000
+
+
 def test_every_preset_is_found_by_name():
-    assert list(PRESETS) == ["flash", "pro", "flash-base", "pro-base", "mini", "nano"]
+    assert list(PRESETS) == ["flash", "pro", "flash-base", "pro-base", "mini", "nano", "smoke"]
     for name, make in PRESETS.items():
         assert preset(name) == make()
 

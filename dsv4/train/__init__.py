@@ -1,0 +1,1 @@
+"""Training: one resumable run over the whole schedule, its metrics and its report."""

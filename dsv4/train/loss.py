@@ -1,0 +1,180 @@
+"""The loss of a step, micro-batch by micro-batch (report 2.1, 4.2.2).
+
+    next token + mtp_weight * MTP + balance_weight * balance + indexer_weight * KL of the indexers
+
+Each part is a mean over the whole step: its sum is divided by a count over all micro-batches, so that any division
+into micro-batches has the same gradient. The KL is a mean over queries, summed over layers; it reaches the indexers
+alone, and nothing else reaches them. In an indexer's warm-up it is the only part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsv4.config.train import TrainConfig
+from dsv4.data.batch import PADDING, Batch
+from dsv4.model.call import Call
+from dsv4.model.record import IndexerRequest, LayerRecord, num_indexed
+from dsv4.model.transformer import Transformer
+from dsv4.ops.backend import resolve
+from dsv4.ops.cross_entropy import cross_entropy
+from dsv4.train.schedule import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a step's sums are divided by: its targets, MTP targets, real tokens, queries that see a CSA entry."""
+
+    targets: int
+    mtp_targets: int
+    tokens: int
+    indexed: int
+
+
+def count(batches: list[Batch]) -> Counts:
+    """Count a step's micro-batches. Raises ``ValueError`` where nothing is to be predicted."""
+    targets = sum(batch.num_targets for batch in batches)
+    if targets == 0:
+        raise ValueError("the step's batches have no target; expected documents of at least two tokens")
+    return Counts(
+        targets=targets,
+        mtp_targets=sum(int((mtp_targets(batch.targets) >= 0).sum()) for batch in batches),
+        tokens=sum(batch.num_real for batch in batches),
+        indexed=sum(num_indexed(batch.segment_ids, batch.segment_ids != PADDING) for batch in batches),
+    )
+
+
+def mtp_targets(targets: torch.Tensor) -> torch.Tensor:
+    """From the next tokens [B, T] the ones after, [B, T - 1], -1 where either is missing."""
+    return torch.where(targets[:, :-1] >= 0, targets[:, 1:], -1)
+
+
+class Sums:
+    """Adds up what a step found out, on the device; read once, at the end."""
+
+    def __init__(self, model: Transformer) -> None:
+        device = model.embed.weight.device
+        self.has_mtp = len(model.mtp) > 0
+        layers = len(model.layers) + len(model.mtp)
+        self.load = torch.zeros(layers, model.config.moe.num_experts, device=device)
+        self.loss, self.mtp, self.balance, self.kl, self.uniform_kl = torch.zeros(5, device=device).unbind()
+        self.queries = torch.zeros((), dtype=torch.int64, device=device)
+        self.recall: list[torch.Tensor] = []
+        self.balanced_layers = sum(1 for layer in range(len(model.layers)) if not model.config.is_hash_layer(layer))
+        self.balanced_layers += len(model.mtp)
+
+    def add(self, records: list[LayerRecord]) -> None:
+        """Take in the records of one micro-batch."""
+        for layer, record in enumerate(records):
+            if record.chosen is not None:
+                self.load[layer] += torch.bincount(record.chosen.flatten(), minlength=self.load.shape[1])
+            if record.balance is not None:
+                self.balance += record.balance.detach()
+            if record.indexed is not None:
+                self.kl += record.indexed.kl
+                self.uniform_kl += record.indexed.uniform_kl
+                self.queries += record.indexed.num_queries
+                self.recall.append(record.indexed.recall)
+
+    def are_finite(self) -> bool:
+        return bool(torch.stack([self.loss, self.mtp, self.balance, self.kl]).isfinite().all())
+
+    def numbers(self, trains_mtp: bool) -> dict[str, float | None]:
+        """The step's means. captured: the share of the attention's information that the indexers hold."""
+        recall = torch.cat(self.recall) if self.recall else torch.zeros(0)
+        queries, uniform = int(self.queries), float(self.uniform_kl)
+        return {
+            "loss": float(self.loss),
+            "mtp_loss": float(self.mtp) if trains_mtp else None,
+            "balance_loss": float(self.balance) / max(1, self.balanced_layers),
+            "indexer_kl": float(self.kl) / queries if queries else None,
+            "indexer_captured": 1 - float(self.kl) / uniform if uniform > 0 else None,
+            "indexer_recall": float(recall.mean()) if recall.numel() else None,
+        }
+
+
+def backward(
+    model: Transformer,
+    batch: Batch,
+    now: Plan,
+    config: TrainConfig,
+    counts: Counts,
+    forced: list[torch.Tensor] | None,
+    sums: Sums,
+) -> None:
+    """Add one micro-batch's share of the step's gradients, and of its sums."""
+    trains_all = now.phase.train == "all"
+    records = _records(model, batch, now, config, counts, forced)
+    streams, call = model.run(
+        batch.token_ids, segment_ids=batch.segment_ids, dense=now.is_dense, records=records[: len(model.layers)]
+    )
+    parts = []
+    with torch.set_grad_enabled(trains_all):
+        main = _mean_nll(model, model.hidden(streams), batch.targets, counts.targets)
+        sums.loss += main.detach()
+        parts.append(main)
+        if trains_all and sums.has_mtp:
+            mtp = _mtp_loss(model, streams, call, batch, counts, records[-1])
+            sums.mtp += mtp.detach()
+            parts.append(now.mtp_weight * mtp)
+    if trains_all:
+        parts += [config.loss.balance_weight * r.balance for r in records if r.balance is not None]
+    else:
+        parts = []
+    weight = config.loss.indexer_weight if trains_all else 1.0
+    parts += [weight * r.indexed.loss for r in records if r.indexed is not None and r.indexed.loss is not None]
+    total = torch.stack([part.float() for part in parts]).sum()
+    total.backward()
+    sums.add(records)
+
+
+@torch.no_grad()
+def choose(model: Transformer, batch: Batch, now: Plan) -> list[torch.Tensor]:
+    """The experts every layer chooses for a batch, the MTP block's last: [B * T, A] each."""
+    records = [LayerRecord() for _ in range(len(model.layers) + len(model.mtp))]
+    streams, call = model.run(
+        batch.token_ids, segment_ids=batch.segment_ids, dense=now.is_dense, records=records[: len(model.layers)]
+    )
+    if len(model.mtp):
+        model.mtp_hidden(streams, call, batch.segment_ids, records[-1])
+    chosen = [record.chosen for record in records]
+    assert all(x is not None for x in chosen)
+    return [x for x in chosen if x is not None]
+
+
+def _records(
+    model: Transformer, batch: Batch, now: Plan, config: TrainConfig, counts: Counts, forced: list[torch.Tensor] | None
+) -> list[LayerRecord]:
+    """One record a layer, the MTP block's last, whose call is a token shorter."""
+    is_real = (batch.segment_ids != PADDING).float()  # [B, T]
+    learns = now.phase.train == "indexer" or not now.is_dense
+    request = IndexerRequest(
+        weights=is_real / max(1, counts.indexed), learn=learns, sample_queries=config.run.sample_queries
+    )
+    balance = is_real / counts.tokens if now.phase.train == "all" else None
+    records = [LayerRecord(balance_weights=balance, indexer=request) for _ in model.layers]
+    for _ in model.mtp:
+        records.append(LayerRecord(balance_weights=None if balance is None else balance[:, 1:].contiguous()))
+    if forced is not None:
+        for record, chosen in zip(records, forced, strict=True):
+            record.forced = chosen
+    return records
+
+
+def _mtp_loss(
+    model: Transformer, streams: torch.Tensor, call: Call, batch: Batch, counts: Counts, record: LayerRecord
+) -> torch.Tensor:
+    hidden = model.mtp_hidden(streams, call, batch.segment_ids, record)  # [B, T - 1, D]
+    return _mean_nll(model, hidden, mtp_targets(batch.targets), counts.mtp_targets)
+
+
+def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
+    """This micro-batch's share of the mean over ``total`` targets; -1 is no target."""
+    weights = (targets >= 0).float() / max(1, total)
+    backend = resolve(model.backend, hidden.device)
+    loss, _ = cross_entropy(
+        hidden.flatten(0, 1), model.head.weight, targets.clamp(min=0).flatten(), weights.flatten(), backend=backend
+    )
+    return loss

@@ -1,0 +1,41 @@
+"""Say where a NaN or an infinity began, once a step has shown one. Runs only after the fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients are not finite. The step was not taken: weights and optimiser are as before it."""
+
+
+def first_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Run ``forward`` again and name the first module whose output is not finite; None if all are."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if not found and not all(bool(x.isfinite().all()) for x in tensors):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def last_parameter(model: nn.Module) -> str | None:
+    """Name the last parameter, in the order of the layers, whose gradient is not finite: backward met it first."""
+    wrong = [n for n, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    return wrong[-1] if wrong else None

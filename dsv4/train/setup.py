@@ -1,0 +1,96 @@
+"""From a recipe to the parts of a run: every check first, then data, tokenizer, model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dsv4.config.files import write_then_rename
+from dsv4.config.fit import check_against_model
+from dsv4.config.load import load_config
+from dsv4.config.model import ModelConfig
+from dsv4.config.toml import to_dict
+from dsv4.config.train import TrainConfig
+from dsv4.data.augment import split_table
+from dsv4.data.batch import Batch
+from dsv4.data.loader import Loader, check_corpus, validation_batches
+from dsv4.data.prepare import prepare
+from dsv4.data.special import SpecialTokens
+from dsv4.data.store import TokenStore
+from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, token_bytes
+from dsv4.model.init import initialize_
+from dsv4.model.transformer import Transformer
+from dsv4.train.loop import Parts
+
+VALIDATION_ROWS_TOKENS = 8192  # tokens of one validation batch, at least a row
+
+
+def set_up(
+    config: TrainConfig,
+    run: Path,
+    *,
+    device: torch.device,
+    progress: Callable[[str, int], None] | None = None,
+) -> Parts:
+    """Check everything, prepare the data in ``run``/data, and build loader and model.
+
+    Raises ``ValueError`` for whatever would stop the run later. The folder may hold the data of an earlier set-up of
+    the same recipe, which is used again.
+    """
+    model_config = load_config(config.model)
+    check_against_model(config, model_config)
+    run.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config.data, model_config, run / "data", progress=progress)
+    tokenizer = load_tokenizer(str(prepared.tokenizer))
+    check_tokenizer(tokenizer, model_config)
+    stores = {split: TokenStore.open(run / "data", split) for split in ("train", "validation")}
+    longest = max(phase.sequence for phase in config.phases)
+    check_corpus(stores["train"], longest, config.batch.tokens)
+    special, sizes = SpecialTokens.of(tokenizer), token_bytes(tokenizer)
+    loader = Loader(
+        stores["train"], special, sizes, split_table(tokenizer),
+        seed=config.seed, fim_rate=config.data.fim_rate, split_rate=config.data.split_rate,
+        pack_buffer=config.data.pack_buffer,
+    )  # fmt: skip
+
+    @cache
+    def validation(sequence: int) -> list[Batch]:
+        rows = max(1, VALIDATION_ROWS_TOKENS // sequence)
+        tokens = config.run.validation_tokens
+        return list(
+            validation_batches(
+                stores["validation"], special, sizes, num_rows=rows, sequence=sequence, num_tokens=tokens
+            )
+        )
+
+    write_then_rename(run / "config.json", lambda path: _write(path, config))
+    model = build_model(config, model_config).to(device)
+    return Parts(config=config, model=model, loader=loader, validation=validation, run=run)
+
+
+def build_model(config: TrainConfig, model_config: ModelConfig) -> Transformer:
+    """Return a fresh model of float32 masters whose activations have the recipe's dtype."""
+    model = Transformer(model_config, activation_dtype=getattr(torch, config.activations))
+    initialize_(model, config.seed)
+    return model.train()
+
+
+def _write(path: Path, config: TrainConfig) -> None:
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def finish(parts: Parts, save: Callable[[Transformer, Path], None]) -> Path:
+    """Write the finished model with its tokenizer as ``run``/model, replacing that of an earlier finish."""
+    target, partial = parts.run / "model", parts.run / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save(parts.model, partial)
+    shutil.copyfile(parts.run / "data" / "tokenizer.json", partial / "tokenizer.json")
+    if target.exists():
+        shutil.rmtree(target)
+    partial.replace(target)
+    return target
