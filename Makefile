@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check bench-cpu numbers clean
+.PHONY: test check demo bench-cpu bench-train numbers clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -12,6 +12,13 @@ check: .venv/ready  ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+RUN ?= runs/demo
+DATA ?= stdlib
+demo: .venv/ready  ## train nano through the whole schedule in about five minutes, then let it write
+	$(BIN)/dsv4 train demo --run $(RUN) --data.source $(DATA)
+	$(BIN)/dsv4 report $(RUN)
+	$(BIN)/dsv4 generate $(RUN) --prompt 'def '
 
 numbers: .venv/ready  ## docs/numbers.md, from the configs
 	$(BIN)/python bench/model_numbers.py > docs/numbers.md.new
@@ -26,6 +33,9 @@ numbers: .venv/ready  ## docs/numbers.md, from the configs
 
 bench-cpu: .venv/ready  ## speed and memory beside transformers; about a quarter of an hour on two cores
 	$(BIN)/python bench/model_cpu.py --json bench/results/model_cpu.json
+
+bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
+	$(BIN)/python bench/train_cpu.py --json bench/results/train_cpu.json
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache

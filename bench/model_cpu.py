@@ -206,12 +206,14 @@ def shares(step: Callable[[], None]) -> dict[str, float]:
         start = time.perf_counter()
         step()
         total_us = (time.perf_counter() - start) * 1e6
-    groups = {name: 0.0 for name, _ in SHARES} | {"elementwise and reductions": 0.0}
+    groups = {name: 0.0 for name, _ in SHARES} | {"elementwise and reductions": 0.0, "our kernels": 0.0}
     for event in trace.key_averages():
         if event.key.startswith("aten::"):
             name = event.key.removeprefix("aten::")
             group = next((group for group, names in SHARES if name in names), "elementwise and reductions")
             groups[group] += event.self_cpu_time_total
+        elif event.key.startswith("dsv4_"):
+            groups["our kernels"] += event.self_cpu_time_total
     groups["Python and autograd"] = max(0.0, total_us - sum(groups.values()))
     return {name: us / total_us for name, us in groups.items()}
 

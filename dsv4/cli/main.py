@@ -14,12 +14,14 @@ from rich.console import Console
 from dsv4.cli.efficiency import efficiency
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
+from dsv4.cli.report import report
 from dsv4.cli.train import train
 
 VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "efficiency": efficiency,
     "train": train,
+    "report": report,
     "generate": generate,
 }
 

@@ -148,6 +148,7 @@ LINES = {
     "phase": "phase {phase}: {attention} attention, rows of {sequence} tokens",
     "validation": "step {step}: validation loss {loss:.4f}, {bits_per_byte:.4f} bits per byte",
     "baseline": "baseline, {name}: {bits_per_byte:.4f} bits per byte",
+    "sample": "sample: {prompt}{text}",
     "spike": "step {step}: loss {loss:.4f} is a spike, {expected:.4f} was expected",
     "rollback": "back to step {step}",
     "end": "done: {tokens:,} tokens in {seconds:.0f} s, {bits_per_byte:.4f} bits per byte",

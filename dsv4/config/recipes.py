@@ -190,7 +190,8 @@ def demo() -> TrainConfig:
         batch=BatchConfig(start_tokens=4 * K, tokens=16 * K, ramp_tokens=300_000, micro_tokens=8 * K),
         stability=replace(large.stability, stale_steps=2, active_steps=10, spike_memory=20, max_rollbacks=3),
         run=RunConfig(
-            checkpoint_steps=25, keep_checkpoints=2, validation_steps=25, validation_tokens=32 * K, sample_queries=16
+            checkpoint_steps=25, keep_checkpoints=2, validation_steps=25, validation_tokens=32 * K, sample_queries=16,
+            baseline_order=5, sample_prompt="def ",
         ),
         phases=(
             Phase(name="dense-512", tokens=500_000, sequence=512, attention="dense"),

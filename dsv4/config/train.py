@@ -179,12 +179,17 @@ class RunConfig:
     validation_tokens: int
     """Tokens of one validation."""
     sample_queries: int
-    """Every how many queries the indexer's recall against its teacher is measured."""
+    """Every how many queries the indexer's recall against its teacher is measured. Ours."""
+    baseline_order: int = 0
+    """Order of the byte n-gram, counted on the same split, that the model is compared with; 0 for none. Ours."""
+    sample_prompt: str = ""
+    """A prompt that the finished model goes on from, for the report; empty for none. Ours."""
 
     def __post_init__(self) -> None:
         problems = _below("run.keep_checkpoints", self.keep_checkpoints, 2)
         for name in ("checkpoint_steps", "validation_steps", "validation_tokens", "sample_queries"):
             problems += _below(f"run.{name}", getattr(self, name), 1)
+        problems += _outside("run.baseline_order", self.baseline_order, 0, 5)
         _refuse(problems)
 
 

@@ -6,7 +6,7 @@ epoch, document): the state is a place in that order, and which tokens of which 
 asked for ahead of time, and the state from before be kept.
 
 Memory: the order takes 8 bytes a document (24 while the next is drawn), 8 GB for a billion; the buffer takes 4
-bytes a token of the documents in it, wherever they are cut. Beyond that, give each of several loaders a part of the corpus.
+bytes a token of the documents in it. Beyond that, give each of several loaders a part of the corpus.
 """
 
 from __future__ import annotations

@@ -5,14 +5,13 @@ What a rollback undid is set apart, so that ``steps`` are the steps that made th
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv4.config.toml import from_dict
+from dsv4.config.recipes import load_run_config
 from dsv4.config.train import Phase, TrainConfig
 from dsv4.train.metrics import Record, read
 
@@ -134,14 +133,13 @@ class History:
 
 def read_history(run: Path) -> History:
     """Read the run in folder ``run``; a ``ValueError`` names the folder, or the file and line, if it is not one."""
-    config, metrics = run / "config.json", run / "metrics.jsonl"
-    for path in (config, metrics):
-        if not path.is_file():
-            raise ValueError(f"run is {run}, which holds no {path.name}; expected the folder of a training run")
+    recipe, metrics = load_run_config(run), run / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"run is {run}, which has no {metrics.name}; expected the folder of a run that was started")
     records = read(metrics)
     kept, undone = _without_undone(records)
     history = History(
-        recipe=_recipe(config),
+        recipe=recipe,
         starts=_of("start", kept),
         steps=_of("step", kept),
         undone=undone,
@@ -155,13 +153,6 @@ def read_history(run: Path) -> History:
     if not history.steps or not history.starts:
         raise ValueError(f"run is {run}, whose {metrics.name} holds no step; expected at least one")
     return history
-
-
-def _recipe(path: Path) -> TrainConfig:
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _of(kind: str, records: list[Record]) -> tuple[Record, ...]:

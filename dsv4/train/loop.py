@@ -13,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from dsv4.accounting.parameters import parameters
 from dsv4.checkpoint.training import list_checkpoints, load_checkpoint, save_checkpoint
 from dsv4.config.train import TrainConfig
 from dsv4.data.batch import Batch
 from dsv4.data.loader import Loader
+from dsv4.data.store import TokenStore
+from dsv4.data.tokenizer import plain_text
 from dsv4.eval.bits import bits_per_byte
+from dsv4.eval.generate import generate
 from dsv4.model.transformer import Transformer
 from dsv4.optim.optimizer import Optimizer
 from dsv4.train.anticipatory import Anticipation, Routing, Work
+from dsv4.train.baseline import ngram_bits
 from dsv4.train.flops import step_flops
 from dsv4.train.machine import matmul_rate, peak_memory_bytes
 from dsv4.train.metrics import MetricsLog, truncate
@@ -33,6 +38,8 @@ from dsv4.train.step import StepResult, choose_experts, train_step
 
 Record = dict[str, Any]
 
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 120, 0.7, 0.95
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -42,6 +49,8 @@ class Parts:
     model: Transformer
     loader: Loader
     validation: Callable[[int], list[Batch]]  # rows of this length, always the same
+    store: TokenStore  # of the train split
+    tokenizer: Tokenizer
     run: Path
 
 
@@ -132,12 +141,27 @@ class Trainer:
             self.tell(kind="anticipatory", step=done.step, on=False)
 
     def _end(self) -> None:
-        phase = self.config.phases[-1]
-        loss, bits = self._bits(phase.sequence, phase.attention == "dense")
-        del loss
+        phase, run = self.config.phases[-1], self.config.run
+        if run.baseline_order:
+            validation = self.parts.validation(phase.sequence)
+            bits = ngram_bits(self.parts.store, validation, self.parts.tokenizer, run.baseline_order)
+            self.tell(kind="baseline", name=f"byte {run.baseline_order}-gram", bits_per_byte=bits)
+        if run.sample_prompt:
+            self.tell(kind="sample", step=self.position.step, prompt=run.sample_prompt, text=self._sample())
+        _, bits = self._bits(phase.sequence, phase.attention == "dense")
         self.tell(
             kind="end", step=self.position.step, tokens=self.position.tokens, seconds=self.seconds, bits_per_byte=bits
         )
+
+    def _sample(self) -> str:
+        """What the model writes after the recipe's prompt."""
+        model, tokenizer = self.model.config, self.parts.tokenizer
+        prompt = [model.bos_token_id, *plain_text(tokenizer).encode(self.config.run.sample_prompt).ids]
+        token_ids = generate(
+            self.model, prompt, num_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P,
+            seed=self.config.seed, stop_ids={model.eos_token_id},
+        )  # fmt: skip
+        return tokenizer.decode(list(token_ids))
 
     # ---- data ----
 

@@ -119,6 +119,5 @@ def _decay_progress(config: TrainConfig, main_tokens: int) -> float:
     """How far the cosine has fallen: 0 before it begins, 1 at the end."""
     total = sum(phase.tokens for phase in config.phases if phase.train == "all")
     start = total * (1 - config.optimizer.decay_fraction)
-    if main_tokens <= start:
-        return 0.0
-    return min(1.0, (main_tokens - start) / (total - start))
+    done = min(main_tokens, total)  # the last step of a phase may go over its tokens
+    return 0.0 if done <= start else (done - start) / (total - start)

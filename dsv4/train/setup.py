@@ -69,8 +69,15 @@ def set_up(
         )
 
     write_then_rename(run / "config.json", lambda path: _write(path, config))
-    model = build_model(config, model_config).to(device)
-    return Parts(config=config, model=model, loader=loader, validation=validation, run=run)
+    return Parts(
+        config=config,
+        model=build_model(config, model_config).to(device),
+        loader=loader,
+        validation=validation,
+        store=stores["train"],
+        tokenizer=tokenizer,
+        run=run,
+    )
 
 
 def build_model(config: TrainConfig, model_config: ModelConfig) -> Transformer:

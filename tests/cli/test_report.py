@@ -29,9 +29,7 @@ def test_it_prints_the_outcome_and_the_path(tmp_path, capsys, monkeypatch):
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     captured = capsys.readouterr()
-    assert captured.err == (
-        f"error: run is {tmp_path}, which holds no config.json; expected the folder of a training run\n"
-    )
+    assert captured.err == (f"error: run is {tmp_path}, which has no config.json; expected the folder of a run\n")
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,6 @@
 """A run read back: what a rollback undid is set apart, phases and switches are as the log has them."""
 
+import dataclasses
 import json
 import random
 import statistics
@@ -7,7 +8,7 @@ import statistics
 import pytest
 
 from dsv4.config.recipes import smoke
-from dsv4.testing.runs import write_run
+from dsv4.testing.runs import SAMPLES, write_run
 from dsv4.train.axes import Line, _averaged
 from dsv4.train.history import read_history
 from dsv4.train.metrics import read
@@ -18,8 +19,8 @@ from dsv4.train.words import count, duration, gibibytes, plural
 def change(tmp_path):
     """Write a run and change its records: ``change(edit, **options)`` returns the history."""
 
-    def make(edit=lambda record: record, **options):
-        write_run(tmp_path, smoke(), **options)
+    def make(edit=lambda record: record, config=None, **options):
+        write_run(tmp_path, config or smoke(), **options)
         path = tmp_path / "metrics.jsonl"
         path.write_text("".join(json.dumps(edit(record)) + "\n" for record in read(path)))
         return read_history(tmp_path)
@@ -39,16 +40,20 @@ def test_phases_follow_one_another(change):
 
 
 def test_what_a_rollback_undid_is_set_apart(change):
-    history = change(spike_step=21)
+    often = dataclasses.replace(smoke(), run=dataclasses.replace(smoke().run, validation_steps=2))
+    history = change(config=often, spike_step=22)
     steps = [step["step"] for step in history.steps]
     assert steps == list(range(1, history.end["step"] + 1))
     (undone,) = history.undone
     back = history.rollbacks[0]["step"]
-    assert [step["step"] for step in undone] == list(range(back + 1, 21))
+    assert [step["step"] for step in undone] == list(range(back + 1, 22))
     assert history.seconds == pytest.approx(sum(s["seconds"] for s in (*history.steps, *undone)))
     (spike,) = history.spikes
-    assert (spike.step, spike.tokens, spike.loss_before) == (21, undone[-1]["tokens"], undone[-1]["loss"])
-    assert len({record["step"] for record in history.validations}) == len(history.validations)
+    assert (spike.step, spike.tokens, spike.loss_before) == (22, undone[-1]["tokens"], undone[-1]["loss"])
+    measured = [record["step"] for record in history.validations]
+    assert 20 in measured  # made, undone and made again
+    assert len(set(measured)) == len(measured)
+    assert [sample["step"] for sample in history.samples] == [step for step in measured for _ in SAMPLES]
     ((begin, stop),) = history.anticipatory
     routed = [step for step in history.steps if step["anticipatory"]]
     assert (begin, stop) == (routed[0]["tokens"] - routed[0]["batch_tokens"], routed[-1]["tokens"])
@@ -104,7 +109,7 @@ def test_an_average_lags_nowhere_and_keeps_gaps(change):
 def test_a_folder_without_its_files_is_named(tmp_path, missing):
     write_run(tmp_path, smoke(), max_steps=1)
     (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=f"run is {tmp_path}, which holds no {missing}; expected the folder of a"):
+    with pytest.raises(ValueError, match=f"run is {tmp_path}, which has no {missing}; expected the folder of a run"):
         read_history(tmp_path)
 
 

@@ -124,11 +124,12 @@ def test_a_checkpoint_returned_to_keeps_what_it_knew_and_no_more(tmp_path):
     """The same step numbers stand twice in the log; those after the checkpoint go, whichever time they were written."""
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
-    log.append({**CHECKPOINT, "step": 8})
-    log.append({"kind": "spike", "step": 8, "loss": 9.0, "expected": 3.0, "deviation": 0.1})
-    log.append({"kind": "rollback", "step": 8, "from_step": 9})
+    for _ in range(2):
+        log.append({**CHECKPOINT, "step": 8})
+        log.append({"kind": "spike", "step": 8, "loss": 9.0, "expected": 3.0, "deviation": 0.1})
+        log.append({"kind": "rollback", "step": 7, "from_step": 8})
     truncate(path, 8)
-    assert [record["kind"] for record in read(path)] == ["checkpoint"]
+    assert [record["kind"] for record in read(path)] == ["checkpoint", "spike", "rollback", "checkpoint"]
 
 
 def test_without_the_checkpoints_record_later_steps_go(tmp_path):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.ops.attend import native, portable, reference
+from dsv4.ops.attend import portable, reference
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.shapes import Shapes, check_integer
 
@@ -62,7 +62,7 @@ def attend(
         raise ValueError(f"window is {window}; expected at least 1, the query itself")
     if entries is not None:
         _check_entries(shapes, entries)
-    chosen = pick(backend, reference=reference.attend, portable=portable.attend, native=native.attend)
+    chosen = pick(backend, reference=reference.attend, portable=portable.attend)
     if entries is not None and 0 in (entries.values.shape[1], 1 if entries.picked is None else entries.picked.shape[2]):
         entries = None
     return chosen(q, kv, sink, raw_begin, entries, window, scale)

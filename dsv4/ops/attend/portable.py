@@ -11,7 +11,7 @@ Scores are held in base 2 (times log2 e), since exp2 costs a third of exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,53 +37,22 @@ def attend(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``dsv4.ops.attend``."""
-    return run(q, kv, sink, raw_begin, entries, window, scale, SOFTMAX)
-
-
-def run(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sink: torch.Tensor,
-    raw_begin: torch.Tensor,
-    entries: Entries | None,
-    window: int,
-    scale: float,
-    softmax: Softmax,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with this form of the softmax."""
     if entries is None:
         values, picked, begin, end = kv.new_empty(kv.shape[0], 0, kv.shape[2]), None, raw_begin, raw_begin
     else:
         values, picked, begin, end = entries
-    return _Attend.apply(q, kv, sink, raw_begin, values, picked, begin, end, window, scale, softmax)
+    return _Attend.apply(q, kv, sink, raw_begin, values, picked, begin, end, window, scale)
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """Something a group attends to: its window's raw tokens, or its entries.
 
     values: [b, S, K], with b = n for raw tokens, B for entries shared by a row, n * s for gathered ones;
-    scores: [n, s, H, S] wide, base 2; hidden: [n, s, S] bool.
+    scores: [n, s, H, S] wide, base 2, -inf where hidden.
     """
 
     values: torch.Tensor
     scores: torch.Tensor
-    hidden: torch.Tensor
-
-
-class Softmax(NamedTuple):
-    """The softmax of a group over all its parts and the sink, log_sink [H] base 2. The scores may be overwritten.
-
-    forward returns each part's weights [n, s, H, S] in the dtype of its values, not yet divided by their total, the
-    total and its logarithm, base 2, [n, s, H] each.
-    backward takes log_total and each part's gradient of the weights [n, s, H, S], in the dtype of its values; it
-    returns, of each part, d scores above weights, [b, 2 r, S] for values [b, S, K], and the gradient of the
-    sink [n, s, H].
-    """
-
-    forward: Callable[[list[Part], torch.Tensor], tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]
-    backward: Callable[
-        [list[Part], torch.Tensor, torch.Tensor, list[torch.Tensor]], tuple[list[torch.Tensor], torch.Tensor]
-    ]
 
 
 class _Group(NamedTuple):
@@ -95,7 +64,7 @@ class _Group(NamedTuple):
     queries: slice
     blocks: slice
     q: torch.Tensor
-    parts: list[Part]
+    parts: list[_Part]
 
 
 class _Layout:
@@ -136,7 +105,7 @@ class _Layout:
         self.values = values
 
     def groups(self) -> Iterator[_Group]:
-        """Yield every group, its scores scaled."""
+        """Yield every group, its scores scaled and masked."""
         for first in range(0, self.num_blocks, self.step):
             blocks = slice(first, min(first + self.step, self.num_blocks))
             queries = slice(first * self.size, min(blocks.stop * self.size, self.T))
@@ -146,7 +115,7 @@ class _Layout:
             raw = raw.transpose(2, 3).reshape(-1, self.width, self.K)  # [n, L, K]
             raw_scores = torch.bmm(scaled_q, raw.to(self.wide).transpose(1, 2))
             raw_scores = raw_scores.view(-1, self.size, self.H, self.width)
-            parts = [Part(raw, raw_scores, self._raw_hidden(queries, blocks))]
+            parts = [_Part(raw, raw_scores.add_(self._bias(self._raw_hidden(queries, blocks))))]
             if self.picked is not None:
                 parts.append(self._picked(scaled_q, self.picked, queries, blocks))
             elif self.values.shape[1]:
@@ -194,42 +163,51 @@ class _Layout:
         begin = self.fold(self.raw_begin, queries, blocks) - start  # [n, s]
         return self.is_outside | (self.column < begin[..., None])
 
-    def _picked(self, scaled_q: torch.Tensor, picked: torch.Tensor, queries: slice, blocks: slice) -> Part:
+    def _picked(self, scaled_q: torch.Tensor, picked: torch.Tensor, queries: slice, blocks: slice) -> _Part:
         picked = self.fold(picked, queries, blocks, fill=-1)  # [n, s, P]
         entries = self.values.flatten(0, 1).index_select(0, self._rows(picked).flatten())
         entries = entries.view(-1, picked.shape[-1], self.K)  # [n * s, P, K]
         scores = torch.bmm(scaled_q.view(-1, self.H, self.K), entries.to(self.wide).transpose(1, 2))
-        return Part(entries, scores.view(-1, self.size, self.H, picked.shape[-1]), picked < 0)
+        return _Part(entries, scores.view(-1, self.size, self.H, picked.shape[-1]).add_(self._bias(picked < 0)))
 
     def _rows(self, picked: torch.Tensor) -> torch.Tensor:
         """Picked entries [n, s, P] as rows of all B * C; a missing pick reads its row's first."""
         row = torch.arange(self.B, device=picked.device).repeat_interleave(len(picked) // self.B)
         return picked.clamp(min=0) + row[:, None, None] * self.values.shape[1]
 
-    def _interval(self, scaled_q: torch.Tensor, queries: slice, blocks: slice) -> Part:
+    def _interval(self, scaled_q: torch.Tensor, queries: slice, blocks: slice) -> _Part:
         num_seen = max(1, min(int(self.end[:, queries].max()), self.values.shape[1]))
         entries = self.values[:, :num_seen]  # [B, C', K]
         scores = torch.bmm(scaled_q.view(self.B, -1, self.K), entries.to(self.wide).transpose(1, 2))
         entry = torch.arange(num_seen, device=entries.device)
         begin, end = (self.fold(x, queries, blocks)[..., None] for x in (self.begin, self.end))
         hidden = (entry < begin) | (entry >= end)  # [n, s, C']
-        return Part(entries, scores.view(-1, self.size, self.H, num_seen), hidden)
+        return _Part(entries, scores.view(-1, self.size, self.H, num_seen).add_(self._bias(hidden)))
+
+    def _bias(self, hidden: torch.Tensor) -> torch.Tensor:
+        """-inf where hidden [n, s, S], as [n, s, 1, S]: adding it is far cheaper than filling through a mask."""
+        zero = torch.zeros((), dtype=self.wide, device=hidden.device)
+        return torch.where(hidden, -torch.inf, zero)[:, :, None]
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, sink, raw_begin, values, picked, begin, end, window, scale, softmax):
+    def forward(ctx, q, kv, sink, raw_begin, values, picked, begin, end, window, scale):
         layout = _Layout(q, kv, raw_begin, values, picked, begin, end, window, scale)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         log_total = q.new_empty(q.shape[:3], dtype=layout.wide)  # [B, T, H], base 2
         log_sink = sink.to(layout.wide) * LOG2_E
         for group in layout.groups():
-            weights, total, log_now = softmax.forward(group.parts, log_sink)
-            mixed = _sum([_mix(p, part.values, layout.wide) for part, p in zip(group.parts, weights, strict=True)])
+            peak = log_sink  # [n, s, H] from the first part on
+            for part in group.parts:
+                peak = torch.maximum(part.scores.amax(dim=-1), peak)
+            weights = [part.scores.sub_(peak[..., None]).exp2_() for part in group.parts]
+            total = _sum([(log_sink - peak).exp2_(), *(p.sum(dim=-1) for p in weights)])
+            mixed = _sum([_mix(p, part.values) for part, p in zip(group.parts, weights, strict=True)])
             out[:, group.queries] = layout.unfold(mixed.div_(total[..., None]), group.queries)
-            log_total[:, group.queries] = layout.unfold(log_now, group.queries)
+            log_total[:, group.queries] = layout.unfold(peak + total.log2(), group.queries)
         ctx.save_for_backward(q, kv, sink, raw_begin, values, picked, begin, end, log_total)
-        ctx.window, ctx.scale, ctx.softmax = window, scale, softmax
+        ctx.window, ctx.scale = window, scale
         log_sum_exp = log_total / LOG2_E
         ctx.mark_non_differentiable(log_sum_exp)
         return out, log_sum_exp
@@ -246,59 +224,21 @@ class _Attend(torch.autograd.Function):
         for group in layout.groups():
             grad = layout.fold(grad_out, group.queries, group.blocks).flatten(1, 2)  # [n, s * H, K]
             log_now = layout.fold(log_total, group.queries, group.blocks)  # [n, s, H]
-            projected = [_project(grad, part) for part in group.parts]
-            pairs, sink_now = ctx.softmax.backward(group.parts, log_sink, log_now, projected)
-            grad_sink += sink_now.flatten(0, 1).sum(dim=0)
-            halves = [pair[:, : pair.shape[1] // 2] for pair in pairs]  # d scores: [b, r, S]
-            like = group.parts[0].scores.shape
-            mixed = _sum(
-                [_mix(ds, part.values, layout.wide, like) for part, ds in zip(group.parts, halves, strict=True)]
-            )
-            grad_q[:, group.queries] = layout.unfold(mixed.mul_(layout.scale), group.queries)
+            # d score = p (d p - delta), where delta = sum p d p over everything in the softmax.
+            weights = [part.scores.sub_(log_now[..., None]).exp2_() for part in group.parts]
+            moved = [_project(grad, part.values, p).mul_(p) for part, p in zip(group.parts, weights, strict=True)]
+            delta = _sum([p_dp.sum(dim=-1) for p_dp in moved])  # [n, s, H]
+            grad_sink -= ((log_sink - log_now).exp2_() * delta).flatten(0, 1).sum(dim=0)
+
             scaled_q = (group.q * layout.scale).to(q.dtype)
+            grad_scores = [p_dp.addcmul_(p, delta[..., None], value=-1) for p, p_dp in zip(weights, moved, strict=True)]
+            mixed = _sum([_mix(ds, part.values) for part, ds in zip(group.parts, grad_scores, strict=True)])
+            grad_q[:, group.queries] = layout.unfold(mixed.mul_(layout.scale), group.queries)
             adders = ((layout.add_raw_, grad_raw), (layout.add_entries_, grad_values))[: len(group.parts)]
-            for (add_, gradient), part, pair in zip(adders, group.parts, pairs, strict=True):
-                add_(gradient, torch.bmm(pair.transpose(1, 2), _stack(part.values, scaled_q, grad)), group)
+            for (add_, gradient), part, p, ds in zip(adders, group.parts, weights, grad_scores, strict=True):
+                add_(gradient, _key_value_gradient(ds, p, scaled_q, grad, part.values), group)
         grad_kv = layout.raw_gradient(grad_raw, kv.shape[1]).to(kv.dtype)
-        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values.to(values.dtype), *([None] * 6)
-
-
-def _softmax(parts: list[Part], log_sink: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    peak = log_sink  # [n, s, H] from the first part on
-    for part in parts:
-        part.scores.add_(_bias(part))
-        peak = torch.maximum(part.scores.amax(dim=-1), peak)
-    weights = [part.scores.sub_(peak[..., None]).exp2_() for part in parts]
-    total = _sum([(log_sink - peak).exp2_(), *(p.sum(dim=-1) for p in weights)])
-    narrow = [p.to(part.values.dtype) for part, p in zip(parts, weights, strict=True)]
-    return narrow, total, peak + total.log2()
-
-
-def _softmax_backward(
-    parts: list[Part], log_sink: torch.Tensor, log_total: torch.Tensor, projected: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    # d score = p (d p - delta), where delta = sum p d p over everything in the softmax.
-    weights = [part.scores.add_(_bias(part)).sub_(log_total[..., None]).exp2_() for part in parts]
-    moved = [
-        dp.to(p.dtype).mul_(p) if dp.dtype != p.dtype else dp.mul_(p) for dp, p in zip(projected, weights, strict=True)
-    ]
-    delta = _sum([p_dp.sum(dim=-1) for p_dp in moved])  # [n, s, H]
-    grad_sink = -(log_sink - log_total).exp2_() * delta
-    grad_scores = [p_dp.addcmul_(p, delta[..., None], value=-1) for p, p_dp in zip(weights, moved, strict=True)]
-    pairs = []
-    for part, ds, p in zip(parts, grad_scores, weights, strict=True):
-        batch, S, _ = part.values.shape
-        pairs.append(_stack(part.values, ds.view(batch, -1, S), p.view(batch, -1, S)))
-    return pairs, grad_sink
-
-
-SOFTMAX = Softmax(_softmax, _softmax_backward)
-
-
-def _bias(part: Part) -> torch.Tensor:
-    """-inf where hidden, as [n, s, 1, S]: adding it is far cheaper than filling through a mask."""
-    zero = torch.zeros((), dtype=part.scores.dtype, device=part.hidden.device)
-    return torch.where(part.hidden, -torch.inf, zero)[:, :, None]
+        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values.to(values.dtype), *([None] * 5)
 
 
 def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
@@ -309,26 +249,39 @@ def _sum(terms: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _mix(
-    weights: torch.Tensor, values: torch.Tensor, wide: torch.dtype, like: torch.Size | None = None
+def _mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Weighted sums: weights [n, s, H, S], values [b, S, K] with b = n, B or n * s; returns [n, s, H, K] wide."""
+    n, s, H, S = weights.shape
+    flat = weights.view(values.shape[0], -1, S).to(values.dtype)
+    return torch.bmm(flat, values).view(n, s, H, -1).to(weights.dtype)
+
+
+def _project(grad: torch.Tensor, values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Products of output gradients [n, s * H, K] with values [b, S, K]; returns the shape and dtype of like."""
+    rows = grad.reshape(values.shape[0], -1, grad.shape[-1]).to(values.dtype)
+    return torch.bmm(rows, values.transpose(1, 2)).view(like.shape).to(like.dtype)
+
+
+def _key_value_gradient(
+    grad_scores: torch.Tensor,
+    weights: torch.Tensor,
+    scaled_q: torch.Tensor,
+    grad: torch.Tensor,
+    values: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted sums: weights [n, s, H, S], or [b, r, S] of the n, s, H of ``like``; returns [n, s, H, K] wide."""
+    """The gradient of shared keys and values, as keys through the scores and as values through the output.
+
+    grad_scores, weights: [n, s, H, S]; scaled_q, grad: [n, s * H, K]; values: [b, S, K]; returns [b, S, K].
+    """
     batch, S, K = values.shape
-    flat = weights if weights.dim() == 3 else weights.view(batch, -1, S)
-    return torch.bmm(flat, values).view(*(like or weights.shape)[:3], K).to(wide)
-
-
-def _project(grad: torch.Tensor, part: Part) -> torch.Tensor:
-    """Products of output gradients [n, s * H, K] with values [b, S, K]: [n, s, H, S] in the dtype of the values."""
-    rows = grad.reshape(part.values.shape[0], -1, grad.shape[-1]).to(part.values.dtype)
-    return torch.bmm(rows, part.values.transpose(1, 2)).view(part.scores.shape)
+    through = _stack(values, *(x.view(batch, -1, S) for x in (grad_scores, weights)))
+    source = _stack(values, *(x.reshape(batch, -1, K) for x in (scaled_q, grad)))
+    return torch.bmm(through.transpose(1, 2), source)
 
 
 def _stack(like: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Concatenate two [..., x] of r rows a batch of ``like`` along r, in its dtype: [b, 2 r, x]."""
-    batch, x = like.shape[0], first.shape[-1]
-    first, second = first.reshape(batch, -1, x), second.reshape(batch, -1, x)
+    """Concatenate two [b, r, x] along r, cast to the dtype of like on the way."""
     rows = first.shape[1]
-    stacked = like.new_empty(batch, 2 * rows, x)
+    stacked = like.new_empty(first.shape[0], 2 * rows, first.shape[2])
     stacked[:, :rows], stacked[:, rows:] = first, second
     return stacked
