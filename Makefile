@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo bench-cpu bench-train numbers clean
+.PHONY: test check demo ablations recall bench-cpu bench-train numbers clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -33,6 +33,12 @@ numbers: .venv/ready  ## docs/numbers.md, from the configs
 
 bench-cpu: .venv/ready  ## speed and memory beside transformers; about a quarter of an hour on two cores
 	$(BIN)/python bench/model_cpu.py --json bench/results/model_cpu.json
+
+ablations: .venv/ready  ## five variants of a tiny model, three seeds each; about half an hour on two cores
+	$(BIN)/python bench/ablations.py --json bench/results/ablations.json
+
+recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not?
+	$(BIN)/python bench/recall.py --json bench/results/recall.json --plot docs/recall.svg
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
 	$(BIN)/python bench/train_cpu.py --json bench/results/train_cpu.json

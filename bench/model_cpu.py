@@ -59,6 +59,7 @@ def bench_config(pattern: tuple[int, ...]):
     kinds = {ratio: kind for kind, ratio in RATIO.items()}
     return replace(
         small,
+        vocab_size=4096,
         layer_kinds=tuple(kinds[ratio] for ratio in pattern),
         mtp_kinds=(),
         attention=replace(small.attention, num_heads=8, head_dim=64, rotary_dims=16, o_groups=4, o_rank=64),

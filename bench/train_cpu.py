@@ -95,7 +95,9 @@ class Theirs:
             directory / "checkpoint", dtype=torch.bfloat16, attn_implementation="eager"
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = [p for n, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in n and "head" not in n]
+        matrices = [
+            p for n, p in self.model.named_parameters() if p.dim() == 2 and "embed" not in n and "head" not in n
+        ]
         known = {id(p) for p in matrices}
         self.optimizers = [
             torch.optim.Muon(matrices, lr=1e-4),

@@ -35,7 +35,8 @@ def inspect(
     """Print sizes and costs of a model: parameters, checkpoint, FLOPs, cache and training memory.
 
     Args:
-        model: a preset (flash, pro, flash-base, pro-base, mini, nano), a checkpoint directory, or a config .json file.
+        model: a preset (flash, pro, flash-base, pro-base, mini, nano, smoke), a checkpoint directory, or a config .json
+            file.
         context: the one length to account for; without it 4K to train, and 4K, 64K and 1M to prefill and decode, as
             far as the model goes.
         as_json: print one JSON object instead of tables.

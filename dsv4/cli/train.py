@@ -20,6 +20,8 @@ from dsv4.config.train import TrainConfig
 if TYPE_CHECKING:
     from dsv4.train.loop import Record, Trainer
 
+RUN_FAILED = 1  # exit code
+
 USAGE = """usage: dsv4 train RECIPE --run DIR [--key value ...]    start a run
        dsv4 train --resume DIR [--from STEP]            continue one
 
@@ -44,7 +46,7 @@ class Resume:
     resume: Path
     """The folder of the run."""
     from_step: Annotated[int | None, tyro.conf.arg(name="from")] = None
-    """The step of an older checkpoint to go back to, in place of the newest."""
+    """The step of an older checkpoint to go back to, in place of the newest. Later ones are removed."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -67,10 +69,20 @@ def train(argv: Sequence[str]) -> None:
 def _start(config: TrainConfig, run: Path) -> None:
     from dsv4.checkpoint.training import list_checkpoints
 
-    if (run / "metrics.jsonl").exists() or list_checkpoints(run / "checkpoints"):
+    log = run / "metrics.jsonl"
+    if list_checkpoints(run / "checkpoints") or "step" in _kinds(log):
         raise ValueError(f"run is {run}, which holds a run already; expected a new folder, or --resume {run}")
-    trainer, display = _build(config, run)
+    display = Display(config)
+    trainer = _build(config, run, display, resume=False)
+    log.unlink(missing_ok=True)  # of a run that was stopped before its first step
     _train(trainer, display)
+
+
+def _kinds(log: Path) -> set[str]:
+    """The kinds of record in a log; none if there is no log."""
+    from dsv4.train.metrics import read
+
+    return {record["kind"] for record in read(log)} if log.exists() else set()
 
 
 def _resume(run: Path, from_step: int | None) -> None:
@@ -84,13 +96,23 @@ def _resume(run: Path, from_step: int | None) -> None:
     step = max(found) if from_step is None else from_step
     if step not in found:
         raise ValueError(f"--from is {step}; expected one of {', '.join(map(str, sorted(found)))}")
-    trainer, display = _build(config, run)
+    display = Display(config)
+    is_complete = step == max(found) and "end" in _kinds(run / "metrics.jsonl")
+    if is_complete:
+        display.console.print(f"the run is complete: {step} steps")
+        if (run / "model").is_dir():
+            return
+    trainer = _build(config, run, display, resume=True)
+    if is_complete:
+        trainer.restore(found[step])
+        _finish(trainer, display)
+        return
     trainer.resume(found[step])
     display.console.print(f"resumed from step {step}")
     _train(trainer, display)
 
 
-def _build(config: TrainConfig, run: Path) -> tuple[Trainer, Display]:
+def _build(config: TrainConfig, run: Path, display: Display, *, resume: bool) -> Trainer:
     import torch
 
     from dsv4.cli.process import keep_freed_memory
@@ -100,21 +122,33 @@ def _build(config: TrainConfig, run: Path) -> tuple[Trainer, Display]:
     keep_freed_memory()
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
-    display = Display(config)
     with display.console.status("preparing") as status:
-        parts = set_up(config, run, device=device, progress=lambda what, n: status.update(f"{what}: {n:,}"))
+        parts = set_up(
+            config, run, device=device, resume=resume, progress=lambda what, n: status.update(f"{what}: {n:,}")
+        )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Trainer(parts, clock=time.perf_counter, today=now, tell=display.show), display
+    return Trainer(parts, clock=time.perf_counter, today=now, tell=display.show)
 
 
 def _train(trainer: Trainer, display: Display) -> None:
+    """Train to the end. What stops a run that was set up well is told in one red line."""
+    from dsv4.train.loop import SpikeError
+    from dsv4.train.nonfinite import NonFiniteError
+
+    try:
+        with display.progress:
+            trainer.train()
+    except (NonFiniteError, SpikeError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(RUN_FAILED) from error
+    _finish(trainer, display)
+
+
+def _finish(trainer: Trainer, display: Display) -> None:
     from dsv4.checkpoint.save import save_model
     from dsv4.train.setup import finish
 
-    with display.progress:
-        trainer.train()
-    path = finish(trainer.parts, save_model)
-    display.console.print(f"model: {path}")
+    display.console.print(f"model: {finish(trainer.parts, save_model)}")
 
 
 class Display:

@@ -113,7 +113,7 @@ class _Writer:
             indexer_grad_norm=0.09 * self._noise(0.2) if measured else None,
             expert_load=[
                 1.15 + layer % 3 * 0.1 + (1 + 0.4 * layer) * math.exp(-now.step / 25) * self._noise(0.1)
-                for layer in range(self.num_layers)
+                for layer in range(max(0, self.num_layers - warm_up))  # the last is the MTP block's
             ],
             seconds=seconds, tokens_per_second=now.tokens / seconds,
             flops_utilisation=0.41 * self._noise(0.04), memory_bytes=int(1.1e9 + 4e4 * now.phase.sequence),

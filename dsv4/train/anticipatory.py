@@ -65,8 +65,14 @@ class Anticipation:
         return self.active_from <= step <= self.active_until
 
     def activate(self, first_step: int, num_steps: int) -> None:
-        """Be on for these steps."""
-        self.active_from, self.active_until = first_step, first_step + num_steps - 1
+        """Be on for these steps; where it is on already, stay on until their end.
+
+        If it was off, whatever still waits from an earlier time is chosen for anew.
+        """
+        if not self.is_active(first_step):
+            self.active_from = first_step
+            self.waiting = deque(replace(work, routing=None) for work in self.waiting)
+        self.active_until = first_step + num_steps - 1
 
     def next(self, step: int, fetch: Fetch, choose: Choose) -> Work | None:
         """Return the work of ``step``, fetching ahead while active."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tokenizers import Tokenizer
+
 from dsv4.data.batch import PADDING, Batch
 from dsv4.data.store import TokenStore
 from dsv4.eval.ngram import bits_per_byte
-from tokenizers import Tokenizer
 
 DOCUMENTS_AT_ONCE = 1000
 

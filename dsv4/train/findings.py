@@ -77,10 +77,9 @@ def gradients(history: History) -> str:
 
 
 def experts(history: History) -> str | None:
-    layers = list(zip(*(step["expert_load"] for step in history.steps), strict=True))
-    if not layers:
+    if not history.expert_loads:
         return None
-    ends = [_at_end(loads) for loads in layers]
+    ends = [_at_end(load for load in loads if load is not None) for loads in history.expert_loads]
     worst = max(range(len(ends)), key=ends.__getitem__)
     return (
         f"Over the last steps the most loaded expert had {statistics.fmean(ends):.2f} times the mean, averaged over "
@@ -94,7 +93,7 @@ def indexer(history: History) -> str | None:
         return None
     first, last = known[0], known[-1]
     recalls = [step["indexer_recall"] for step in known if step["indexer_recall"] is not None]
-    text = f"Captured: {first['indexer_captured']:.2f} at first, {last['indexer_captured']:.2f} at last"
+    text = f"Captured: {first['indexer_captured']:z.2f} at first, {last['indexer_captured']:z.2f} at last"
     return f"{text}; recall {recalls[0]:.2f} and {recalls[-1]:.2f}." if recalls else f"{text}."
 
 

@@ -120,6 +120,12 @@ class History:
         return tuple(_switch(before, after) for before, after in pairwise(self.spans))
 
     @property
+    def expert_loads(self) -> tuple[tuple[float | None, ...], ...]:
+        """The most loaded expert over the mean, by layer and step; None where a layer did not run."""
+        layers = max(len(step["expert_load"]) for step in self.steps)
+        return tuple(zip(*(_filled(step["expert_load"], layers) for step in self.steps), strict=True))
+
+    @property
     def anticipatory(self) -> tuple[tuple[int, int], ...]:
         """Stretches of anticipatory routing: tokens seen before and after each."""
         result, tokens = [], 0
@@ -182,6 +188,10 @@ def _spikes(records: list[Record]) -> tuple[Spike, ...]:
                 Spike(step=record["step"], tokens=before["tokens"], loss=record["loss"], loss_before=before["loss"])
             )
     return tuple(result)
+
+
+def _filled(loads: list[float], layers: int) -> list[float | None]:
+    return [*loads, *[None] * (layers - len(loads))]
 
 
 def _switch(before: Span, after: Span) -> Switch:

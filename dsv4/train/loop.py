@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from dsv4.accounting.parameters import parameters
-from dsv4.checkpoint.training import list_checkpoints, load_checkpoint, save_checkpoint
+from dsv4.checkpoint.training import list_checkpoints, load_checkpoint, remove_later, save_checkpoint
 from dsv4.config.train import TrainConfig
 from dsv4.data.batch import Batch
 from dsv4.data.loader import Loader
@@ -67,6 +67,7 @@ class Trainer:
         self.parts, self.config, self.model = parts, parts.config, parts.model
         self.clock, self.today = clock, today
         self.log = MetricsLog(parts.run / "metrics.jsonl")
+        self.checkpoints = parts.run / "checkpoints"
         self._listener = tell
         self.optimizer = Optimizer(parts.model, parts.config.optimizer)
         self.position = Position()  # after the last step done
@@ -104,7 +105,7 @@ class Trainer:
             parameters_total=count.total, parameters_activated=count.activated, matmul_flops=self.rate,
             torch=torch.__version__, threads=torch.get_num_threads(),
         )  # fmt: skip
-        if self.position == Position():
+        if not list_checkpoints(self.checkpoints):
             self._checkpoint()  # what a rollback of the first steps returns to
 
     def _begin_phase(self, now: Plan) -> None:
@@ -135,10 +136,10 @@ class Trainer:
         r = self.config.run
         if done.is_last or done.step % r.validation_steps == 0:
             self._validate(done)
-        if done.is_last or done.step % r.checkpoint_steps == 0:
-            self._checkpoint()
         if done.step == self.anticipation.active_until:
             self.tell(kind="anticipatory", step=done.step, on=False)
+        if done.is_last or done.step % r.checkpoint_steps == 0:
+            self._checkpoint()
 
     def _end(self) -> None:
         phase, run = self.config.phases[-1], self.config.run
@@ -194,7 +195,7 @@ class Trainer:
                 f"The last checkpoint is whole"
             )
         rollbacks, seconds = self.rollbacks + 1, self.seconds
-        self.restore(list_checkpoints(self.parts.run / "checkpoints")[-1].path)
+        self.restore(list_checkpoints(self.checkpoints)[-1].path)
         self.rollbacks, self.seconds = rollbacks, seconds
         self.tell(kind="rollback", step=self.position.step, from_step=step)
         if stability.anticipatory == "auto":
@@ -204,12 +205,15 @@ class Trainer:
     # ---- checkpoints ----
 
     def _checkpoint(self) -> None:
+        """Record a checkpoint, then write it: a kill may leave a record too many, which resuming takes back."""
+        name = f"step-{self.position.step:08d}"
+        self.tell(kind="checkpoint", step=self.position.step, tokens=self.position.tokens, path=name)
         path = save_checkpoint(
-            self.parts.run / "checkpoints", self.position.step, self.model,
+            self.checkpoints, self.position.step, self.model,
             {**self.optimizer.state_tensors(), **self.anticipation.tensors()}, self._state(),
             keep=self.config.run.keep_checkpoints,
         )  # fmt: skip
-        self.tell(kind="checkpoint", step=self.position.step, tokens=self.position.tokens, path=path.name)
+        assert path.name == name
 
     def _state(self) -> dict[str, object]:
         waiting = self.anticipation.waiting
@@ -238,8 +242,9 @@ class Trainer:
         self.anticipation.load(state["anticipation"], routing, self._fetch)
 
     def resume(self, path: Path) -> None:
-        """``restore``, and forget what the log says of later steps."""
+        """``restore``, and forget later checkpoints and what the log says of later steps."""
         self.restore(path)
+        remove_later(self.checkpoints, self.position.step)
         truncate(self.log.path, self.position.step)
 
     # ---- what is told ----

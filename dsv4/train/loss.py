@@ -57,19 +57,22 @@ class Sums:
     def __init__(self, model: Transformer) -> None:
         device = model.embed.weight.device
         self.has_mtp = len(model.mtp) > 0
-        layers = len(model.layers) + len(model.mtp)
-        self.load = torch.zeros(layers, model.config.moe.num_experts, device=device)
+        self.num_layers = len(model.layers)
+        self.load = torch.zeros(self.num_layers + len(model.mtp), model.config.moe.num_experts, device=device)
         self.loss, self.mtp, self.balance, self.kl, self.uniform_kl = torch.zeros(5, device=device).unbind()
         self.queries = torch.zeros((), dtype=torch.int64, device=device)
         self.recall: list[torch.Tensor] = []
         self.balanced_layers = sum(1 for layer in range(len(model.layers)) if not model.config.is_hash_layer(layer))
         self.balanced_layers += len(model.mtp)
 
-    def add(self, records: list[LayerRecord]) -> None:
-        """Take in the records of one micro-batch."""
+    def add(self, records: list[LayerRecord], batch: Batch) -> None:
+        """Take in the records of one micro-batch. Padding is no load."""
+        is_real = [batch.segment_ids != PADDING] * self.num_layers
+        is_real += [_mtp_segments(batch)[:, :-1] != PADDING] * self.has_mtp
         for layer, record in enumerate(records):
             if record.chosen is not None:
-                self.load[layer] += torch.bincount(record.chosen.flatten(), minlength=self.load.shape[1])
+                slots = record.chosen[is_real[layer].flatten()].flatten()
+                self.load[layer] += torch.bincount(slots, minlength=self.load.shape[1])
             if record.balance is not None:
                 self.balance += record.balance.detach()
             if record.indexed is not None:
@@ -127,18 +130,19 @@ def backward(
     parts += [weight * r.indexed.loss for r in records if r.indexed is not None and r.indexed.loss is not None]
     total = torch.stack([part.float() for part in parts]).sum()
     total.backward()
-    sums.add(records)
+    sums.add(records, batch)
 
 
 @torch.no_grad()
-def choose(model: Transformer, batch: Batch, now: Plan) -> list[torch.Tensor]:
-    """The experts every layer chooses for a batch, the MTP block's last: [B * T, A] each."""
-    records = [LayerRecord() for _ in range(len(model.layers) + len(model.mtp))]
+def choose(model: Transformer, batch: Batch, now: Plan, forced: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The experts every layer chooses for a batch, or is forced to take, the MTP block's last: [B * T, A] each."""
+    num_layers = len(model.layers) + len(model.mtp)
+    records = [LayerRecord(forced=experts) for experts in forced or [None] * num_layers]
     streams, call = model.run(
         batch.token_ids, segment_ids=batch.segment_ids, dense=now.is_dense, records=records[: len(model.layers)]
     )
     if len(model.mtp):
-        model.mtp_hidden(streams, call, batch.segment_ids, records[-1])
+        model.mtp_hidden(streams, call, _mtp_segments(batch), records[-1])
     chosen = [record.chosen for record in records]
     assert all(x is not None for x in chosen)
     return [x for x in chosen if x is not None]
@@ -153,10 +157,12 @@ def _records(
     request = IndexerRequest(
         weights=is_real / max(1, counts.indexed), learn=learns, sample_queries=config.run.sample_queries
     )
-    balance = is_real / counts.tokens if now.phase.train == "all" else None
+    balance = mtp_balance = None
+    if now.phase.train == "all":
+        balance = is_real / counts.tokens
+        mtp_balance = (_mtp_segments(batch)[:, :-1] != PADDING) / counts.targets
     records = [LayerRecord(balance_weights=balance, indexer=request) for _ in model.layers]
-    for _ in model.mtp:
-        records.append(LayerRecord(balance_weights=None if balance is None else balance[:, 1:].contiguous()))
+    records += [LayerRecord(balance_weights=mtp_balance) for _ in model.mtp]
     if forced is not None:
         for record, chosen in zip(records, forced, strict=True):
             record.forced = chosen
@@ -166,8 +172,16 @@ def _records(
 def _mtp_loss(
     model: Transformer, streams: torch.Tensor, call: Call, batch: Batch, counts: Counts, record: LayerRecord
 ) -> torch.Tensor:
-    hidden = model.mtp_hidden(streams, call, batch.segment_ids, record)  # [B, T - 1, D]
+    hidden = model.mtp_hidden(streams, call, _mtp_segments(batch), record)  # [B, T - 1, D]
     return _mean_nll(model, hidden, mtp_targets(batch.targets), counts.mtp_targets)
+
+
+def _mtp_segments(batch: Batch) -> torch.Tensor:
+    """Segments [B, T] as the MTP block sees them: where a document has no next token to join, there is padding.
+
+    It would join the first token of the next document, and count in the balance of this one.
+    """
+    return batch.segment_ids.where(batch.targets >= 0, PADDING)
 
 
 def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:

@@ -27,7 +27,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     # a phase begins with the next step
     "phase": ("step", "tokens", "phase", "sequence", "attention", "train"),
     # one optimiser step; mtp_loss and what is the indexer's may be null. grad_norm: before clipping. expert_load: of
-    # each MoE layer, the most loaded expert over the mean. flops_utilisation, packing_utilisation: 0 to 1
+    # each MoE layer, the most loaded expert over the mean; the MTP block's last, left out where the block did not run.
+    # flops_utilisation, packing_utilisation: 0 to 1
     "step": (
         "step", "tokens", "phase", "loss", "mtp_loss", "balance_loss", "indexer_kl", "indexer_captured",
         "indexer_recall", "lr", "mtp_weight", "grad_norm", "indexer_grad_norm", "expert_load", "seconds",

@@ -14,14 +14,17 @@ class NonFiniteError(RuntimeError):
 
 
 def first_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """Run ``forward`` again and name the first module whose output is not finite; None if all are."""
-    found: list[str] = []
+    """Run ``forward`` again and name the first module that makes of finite inputs an output that is not.
+
+    If it begins between modules, it is the first that passes it on; None if all outputs are finite.
+    """
+    makes: list[str] = []
+    passes_on: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, output: object) -> None:
-            tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-            if not found and not all(bool(x.isfinite().all()) for x in tensors):
-                found.append(name)
+            if not makes and not _is_finite(output):
+                (makes if _is_finite(inputs) else passes_on).append(name)
 
         return hook
 
@@ -32,7 +35,12 @@ def first_module(model: nn.Module, forward: Callable[[], object]) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return next(iter(makes + passes_on), None)
+
+
+def _is_finite(tree: object) -> bool:
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return all(bool(x.isfinite().all()) for x in tensors)
 
 
 def last_parameter(model: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -208,7 +208,7 @@ def experts(history: History) -> Figure | None:
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    layers = len(history.steps[0]["expert_load"])
+    layers = len(history.expert_loads)
     if layers == 0:
         return None
     height = max(1.6, min(4.5, 0.26 * layers))
@@ -233,13 +233,15 @@ def experts(history: History) -> Figure | None:
 def _columns(history: History, most: int) -> tuple[list[int], list[list[float]]]:
     """Average the loads of neighbouring steps into at most that many columns: their edges, and rows of loads."""
     group = math.ceil(len(history.steps) / most)
-    groups = [history.steps[first : first + group] for first in range(0, len(history.steps), group)]
-    edges = [0, *(steps[-1]["tokens"] for steps in groups)]
-    columns = [
-        [sum(loads) / len(steps) for loads in zip(*(step["expert_load"] for step in steps), strict=True)]
-        for steps in groups
-    ]
-    return edges, [list(row) for row in zip(*columns, strict=True)]
+    firsts = range(0, len(history.steps), group)
+    edges = [0, *(history.steps[first : first + group][-1]["tokens"] for first in firsts)]
+    return edges, [[_mean(loads[first : first + group]) for first in firsts] for loads in history.expert_loads]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Mean of the known values; without any, the gap that a plot leaves empty."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def indexer(history: History) -> Figure | None:

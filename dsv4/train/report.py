@@ -65,7 +65,7 @@ SECTIONS = (
         key="experts",
         title="Expert load",
         look="1 is perfect balance. Layers begin uneven and settle; one that does not sends most tokens to few "
-        "experts.",
+        "experts. An MTP block is the last row, empty where it did not run.",
         draw=plots.experts,
         found=findings.experts,
         missing="The model has no routed layer.",

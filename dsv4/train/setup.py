@@ -19,8 +19,9 @@ from dsv4.config.train import TrainConfig
 from dsv4.data.augment import split_table
 from dsv4.data.batch import Batch
 from dsv4.data.loader import Loader, check_corpus, validation_batches
-from dsv4.data.prepare import prepare
+from dsv4.data.prepare import TOKENIZER, prepare
 from dsv4.data.special import SpecialTokens
+from dsv4.data.split import SPLITS
 from dsv4.data.store import TokenStore
 from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, token_bytes
 from dsv4.model.init import initialize_
@@ -35,20 +36,23 @@ def set_up(
     run: Path,
     *,
     device: torch.device,
+    resume: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> Parts:
     """Check everything, prepare the data in ``run``/data, and build loader and model.
 
     Raises ``ValueError`` for whatever would stop the run later. The folder may hold the data of an earlier set-up of
-    the same recipe, which is used again.
+    the same recipe, which is used again. resume: the run goes on with the data it has, whatever became of the source.
     """
     model_config = load_config(config.model)
     check_against_model(config, model_config)
     run.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(config.data, model_config, run / "data", progress=progress)
-    tokenizer = load_tokenizer(str(prepared.tokenizer))
+    data = run / "data"
+    if not resume:
+        prepare(config.data, model_config, data, progress=progress)
+    tokenizer = load_tokenizer(str(data / TOKENIZER))
     check_tokenizer(tokenizer, model_config)
-    stores = {split: TokenStore.open(run / "data", split) for split in ("train", "validation")}
+    stores = {split: TokenStore.open(data, split) for split in SPLITS}
     longest = max(phase.sequence for phase in config.phases)
     check_corpus(stores["train"], longest, config.batch.tokens)
     special, sizes = SpecialTokens.of(tokenizer), token_bytes(tokenizer)
@@ -93,11 +97,13 @@ def _write(path: Path, config: TrainConfig) -> None:
 
 def finish(parts: Parts, save: Callable[[Transformer, Path], None]) -> Path:
     """Write the finished model with its tokenizer as ``run``/model, replacing that of an earlier finish."""
-    target, partial = parts.run / "model", parts.run / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    target, partial, old = (parts.run / name for name in ("model", ".model.partial", ".model.old"))
+    for leftover in (partial, old):  # of a finish that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     save(parts.model, partial)
-    shutil.copyfile(parts.run / "data" / "tokenizer.json", partial / "tokenizer.json")
+    shutil.copyfile(parts.run / "data" / TOKENIZER, partial / TOKENIZER)
     if target.exists():
-        shutil.rmtree(target)
-    partial.replace(target)
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     return target

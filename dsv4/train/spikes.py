@@ -11,7 +11,8 @@ class SpikeDetector:
     """Follows the loss with an exponential average of its value, its trend and its absolute deviation.
 
     The trend matters early on, when the loss falls fast and its average lags behind. Nothing is a spike before
-    ``memory`` losses were seen. A spike is not taken into the averages.
+    ``memory`` losses were seen, and for about as long again after a steep fall little is: what the trend missed counts
+    as deviation. A spike is not taken into the averages.
     """
 
     deviations: float
@@ -35,7 +36,7 @@ class SpikeDetector:
         elif self.seen >= self.memory and loss - self.expected > self.deviations * self.deviation:
             return True
         else:
-            share = 2 / (1 + min(self.seen + 1, self.memory))  # a plain average until memory is full
+            share = 2 / (1 + min(self.seen + 1, self.memory))  # the averages reach back to the start, or by memory
             off = loss - self.expected
             self.deviation += share * (abs(off) - self.deviation)
             level = self.expected + share * off

@@ -24,7 +24,7 @@ class StepResult:
 
     numbers: dict[str, float | None]  # losses in nats a token, and the indexers' measures
     norms: Norms
-    load: torch.Tensor  # [layers, E] slots of each expert
+    load: torch.Tensor  # [layers, E] slots of each expert, those of padding left out
     model: Transformer
     optimizer: Optimizer
     plan: Plan
@@ -62,6 +62,7 @@ def train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig, wo
     """
     only_indexer = work.plan.phase.train == "indexer"
     _freeze(model, only_indexer)
+    optimizer.zero_grad()  # those of a step that was not taken
     counts = count(work.batches)
     sums = Sums(model)
     for i, batch in enumerate(work.batches):
@@ -108,10 +109,12 @@ def _freeze(model: Transformer, only_indexer: bool) -> None:
 
 
 def _refuse_nonfinite(model: Transformer, optimizer: Optimizer, work: Work, loss: float, norms: Norms) -> NoReturn:
-    where = last_parameter(model)
+    # With every layer's output finite, only the head lies before a loss that is not.
+    where = last_parameter(model) if math.isfinite(loss) else "the head, or the fold and norm before it"
     optimizer.zero_grad()
-    for batch in work.batches:
-        module = first_module(model, lambda batch=batch: choose(model, batch, work.plan))
+    for i, batch in enumerate(work.batches):
+        forced = None if work.routing is None else work.routing[i]
+        module = first_module(model, lambda batch=batch, forced=forced: choose(model, batch, work.plan, forced))
         if module is not None:
             where = module
             break

@@ -47,10 +47,10 @@ def test_fixed_state():
 
 
 def test_only_whole_entries_are_stored():
-    config = nano()  # 3 CSA layers, 2 HCA layers
+    config = nano()  # 2 CSA layers, 1 HCA layer
     row, index = 200, 34
     for context, csa, hca in ((3, 0, 0), (4, 1, 0), (127, 31, 0), (128, 32, 1), (255, 63, 1), (256, 64, 2)):
-        assert entry_bytes(config, "packed", context) == 3 * csa * (row + index) + 2 * hca * row
+        assert entry_bytes(config, "packed", context) == 2 * csa * (row + index) + 1 * hca * row
     assert cache_bytes(config, "packed", 3) == state_bytes(config, "packed")
 
 

@@ -46,7 +46,7 @@ def test_who_updates_what():
 
 def test_sums_of_nano():
     memory = training_memory(nano())
-    biases = (7 - 2 + 1) * 8  # five scored layers and MTP
+    biases = (5 - 1 + 1) * 8  # four scored layers and MTP
     learned = parameters(nano()).with_mtp.total - biases
     assert memory.master_bytes == memory.gradient_bytes == 4 * learned
     assert memory.muon_bytes // 4 + memory.adamw_bytes // 8 == learned

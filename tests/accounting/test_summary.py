@@ -16,7 +16,7 @@ from dsv4.config.presets import flash, nano, pro
 
 def test_summary_of_nano():
     summary = summarize(nano(), (128, 4096))
-    assert summary.layers == {"window": 2, "csa": 3, "hca": 2}
+    assert summary.layers == {"window": 2, "csa": 2, "hca": 1}
     assert [at.context for at in summary.at_context] == [128, 4096]
     assert summary.at_context[1].decode.flops == total_flops(flops.decode(nano(), 4096))
     assert summary.at_context[1].prefill.flops == total_flops(flops.prefill(nano(), 4096)) / 4096

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from dsv4.accounting.parameters import parameters
 from dsv4.cli.format import decimal, flops, gibibytes, gigabytes, tokens
 from dsv4.cli.main import main
 from dsv4.config.load import from_released, save_config
@@ -61,8 +62,10 @@ def test_a_file_is_inspected_like_a_preset(capsys, tmp_path):
     save_config(config, tmp_path)
     assert main(["inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "7: 2 window, 3 CSA, 2 HCA\n" in text
-    assert "11,658,499" not in text
+    assert "5: 2 window, 2 CSA, 1 HCA\n" in text
+    total = parameters(nano()).main.total
+    assert f"{total + 8:,}" in text  # the layer routed by token id is scored, with a bias for each of 8 experts
+    assert f"{total:,}" not in text
 
 
 def test_a_longest_context_below_the_shown_ones(capsys, tmp_path):

@@ -155,6 +155,7 @@ muon_per_head = 1
 [loss]
 mtp_weight = nan
 [batch]
+start_tokens = 4096
 tokens = 0
 [data]
 fim_rate = 2

@@ -10,11 +10,19 @@ import pytest
 from dsv4.config.fit import check_against_model
 from dsv4.config.presets import nano
 from dsv4.config.recipes import demo
-from dsv4.config.train import Phase, TrainConfig
+from dsv4.config.train import BatchConfig, Phase, TrainConfig
 
 DENSE = Phase(name="dense", tokens=1000, sequence=512, attention="dense")
 WARM_UP = Phase(name="warm-up", tokens=1000, sequence=512, attention="dense", train="indexer")
 SPARSE = Phase(name="sparse", tokens=1000, sequence=512, attention="sparse")
+# What the messages below name stands here, so that tuning the demo changes none of them.
+RECIPE = replace(
+    demo(),
+    optimizer=replace(demo().optimizer, peak_lr=3e-3, end_lr=3e-4),
+    batch=BatchConfig(start_tokens=4096, tokens=16384, ramp_tokens=300_000, micro_tokens=8192),
+    loss=replace(demo().loss, mtp_weight=0.3, mtp_weight_decay=0.1),
+    phases=(DENSE, WARM_UP, SPARSE),
+)
 
 
 def problems(call, *arguments, **fields) -> list[str]:
@@ -56,11 +64,21 @@ def problems(call, *arguments, **fields) -> list[str]:
     ],
 )
 def test_a_value_out_of_range_is_named(part, changes, message):
-    assert message in problems(replace, getattr(demo(), part), **changes)
+    assert message in problems(replace, getattr(RECIPE, part), **changes)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_a_generator_would_not_take_is_named(seed):
+    assert problems(replace, RECIPE, seed=seed) == [f"seed is {seed}; expected 0 <= seed < 2**63"]
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_the_outermost_seeds_pass(seed):
+    assert replace(RECIPE, seed=seed).seed == seed
 
 
 def test_problems_of_a_part_come_together():
-    lines = problems(replace, demo().optimizer, peak_lr=-1.0, end_lr=-2.0, clip_norm=0.0)
+    lines = problems(replace, RECIPE.optimizer, peak_lr=-1.0, end_lr=-2.0, clip_norm=0.0)
     assert [line.split()[0] for line in lines] == ["optimizer.peak_lr", "optimizer.end_lr", "optimizer.clip_norm"]
 
 
@@ -94,7 +112,7 @@ def test_the_indexer_warms_up_on_dense_attention():
     ],
 )
 def test_a_schedule_that_cannot_be_is_named(phases, message):
-    (line,) = problems(replace, demo(), phases=phases)
+    (line,) = problems(replace, RECIPE, phases=phases)
     assert line.startswith(message)
 
 
@@ -102,7 +120,7 @@ def test_a_schedule_that_cannot_be_is_named(phases, message):
 
 
 def with_phases(*phases: Phase) -> TrainConfig:
-    return replace(demo(), phases=phases)
+    return replace(RECIPE, phases=phases)
 
 
 def longer(phase: Phase, sequence: int) -> Phase:
@@ -134,7 +152,7 @@ def test_a_length_that_teaches_nothing_is_refused(phases, message):
 
 
 def test_one_token_more_is_enough():
-    batch = replace(demo().batch, start_tokens=129 * 257, tokens=129 * 257, micro_tokens=129 * 257)
+    batch = replace(RECIPE.batch, start_tokens=129 * 257, tokens=129 * 257, micro_tokens=129 * 257)
     phases = (longer(DENSE, 129), longer(WARM_UP, 129), longer(SPARSE, 257))
     check_against_model(replace(with_phases(*phases), batch=batch), nano())
 
@@ -148,7 +166,7 @@ def test_what_needs_an_indexer_needs_a_csa_layer():
 
 
 def test_mtp_weights_need_an_mtp_block():
-    config, model = demo(), replace(nano(), mtp_kinds=())
+    config, model = RECIPE, replace(nano(), mtp_kinds=())
     assert problems(check_against_model, config, model) == [
         "loss.mtp_weight is 0.3; expected 0: the model has no MTP block",
         "loss.mtp_weight_decay is 0.1; expected 0: the model has no MTP block",
@@ -158,13 +176,13 @@ def test_mtp_weights_need_an_mtp_block():
 
 @pytest.mark.parametrize("name", ["start_tokens", "tokens", "micro_tokens"])
 def test_batches_are_whole_rows(name):
-    batch = replace(demo().batch, **{name: 9 * 512 - 1})
+    batch = replace(RECIPE.batch, **{name: 9 * 512 - 1})
     (line,) = problems(check_against_model, replace(with_phases(DENSE), batch=batch), nano())
     assert line == f"batch.{name} is 4607; expected a multiple of the 512 tokens of a row of phase dense"
 
 
 def test_the_first_batch_is_of_the_first_phase_alone():
-    batch = replace(demo().batch, start_tokens=512)
+    batch = replace(RECIPE.batch, start_tokens=512)
     check_against_model(replace(with_phases(DENSE, longer(WARM_UP, 1024)), batch=batch), nano())
     lines = problems(check_against_model, replace(with_phases(longer(DENSE, 1024)), batch=batch), nano())
     assert re.match(r"batch\.start_tokens is 512; expected a multiple of the 1024 tokens", lines[0])

@@ -88,6 +88,15 @@ def test_the_scatter_is_that_of_one_step_whatever_the_trend(change):
     assert statistics.fmean(scatters) == pytest.approx(0.1, rel=0.15)  # 20 times 10 differences: 1 / sqrt(400) or so
 
 
+def test_a_layer_that_did_not_run_has_no_load(change):
+    history = change(num_layers=3)
+    assert len(history.expert_loads) == 3
+    for layer, loads in enumerate(history.expert_loads):
+        ran = [step["phase"] != "indexer-64" or layer < 2 for step in history.steps]
+        assert [load is not None for load in loads] == ran
+    assert history.expert_loads[2][0] == history.steps[0]["expert_load"][2]
+
+
 def test_one_step_after_a_switch_is_enough(change):
     history = change(max_steps=15)
     (switch,) = history.switches

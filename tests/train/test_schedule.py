@@ -101,7 +101,7 @@ def test_the_learning_rate_stays_between_nothing_and_its_peak(config):
             assert now.mtp_weight == 0
         elif position.main_steps < o.warmup_steps:
             assert now.lr == pytest.approx(o.peak_lr * (position.main_steps + 1) / o.warmup_steps, rel=1e-15)
-            assert 0 < now.lr <= o.peak_lr
+            assert 0 < now.lr <= o.peak_lr * (1 + 1e-15)
         else:
             assert o.end_lr * (1 - 1e-15) <= now.lr <= o.peak_lr * (1 + 1e-15)
 
@@ -170,7 +170,7 @@ def test_flash_at_points_computed_by_hand():
     assert learning_rate(config, 2000, billion) == 2.7e-4
     assert learning_rate(config, 300_000, 25_598_320 * 10**6) == 2.7e-4  # four fifths
     assert learning_rate(config, 300_000, 28_798_110 * 10**6) == pytest.approx(1.485e-4, rel=1e-12)  # nine tenths
-    assert learning_rate(config, 300_000, 27_198_215 * 10**6) == pytest.approx(2.34418e-4, rel=1e-5)  # an eighth turn
+    assert learning_rate(config, 300_000, 27_198_215 * 10**6) == pytest.approx(2.344135e-4, rel=1e-6)  # an eighth turn
     assert learning_rate(config, 300_000, 31_997_900 * 10**6) == 2.7e-5
     assert mtp_weight(config, 25_598_320 * 10**6) == 0.3
     assert mtp_weight(config, 25_598_320 * 10**6 + 1) == 0.1
