@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo ablations recall bench-cpu bench-train numbers clean
+.PHONY: test check demo ablations recall bench-cpu bench-train numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -23,6 +23,9 @@ demo: .venv/ready  ## train nano through the whole schedule in about five minute
 numbers: .venv/ready  ## docs/numbers.md, from the configs
 	$(BIN)/python bench/model_numbers.py > docs/numbers.md.new
 	mv docs/numbers.md.new docs/numbers.md
+
+golden: .venv/ready  ## the golden curve of losses, after a change that is meant to move it
+	OMP_NUM_THREADS=1 $(BIN)/python bench/golden_curve.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -71,7 +71,7 @@ def model_config(variant: str):
 
 def recipe(variant: str, seed: int, model: Path):
     demo = load_recipe("demo")
-    lengths = {"dense": 200_000, "indexer": 20_000, "sparse": 200_000}
+    lengths = {"dense": 120_000, "indexer": 20_000, "sparse": 120_000}
     phases = [Phase(name="dense", tokens=lengths["dense"], sequence=SEQUENCE, attention="dense")]
     if variant == "dense":
         phases = [replace(phases[0], tokens=lengths["dense"] + lengths["sparse"])]

@@ -217,6 +217,7 @@ def smoke() -> TrainConfig:
         model="smoke",
         activations="float32",
         optimizer=replace(large.optimizer, warmup_steps=4, muon_dtype="float32"),
+        loss=replace(large.loss, bias_speed=0.001, indexer_lr=1e-3),
         batch=BatchConfig(start_tokens=512, tokens=1024, ramp_tokens=4 * K, micro_tokens=512),
         stability=replace(large.stability, stale_steps=1, active_steps=4, spike_memory=8),
         run=RunConfig(

@@ -244,7 +244,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = _not_one_of("activations", self.activations, ("bfloat16", "float32"))
-        if not 0 <= self.seed < 2**63:  # what every generator takes
+        if not 0 <= self.seed < 2**63:  # NumPy's generator would round a larger one
             problems.append(f"seed is {self.seed}; expected 0 <= seed < 2**63")
         if not self.phases:
             problems.append("phases is empty; expected at least one")

@@ -31,6 +31,9 @@ static float inverse_rms_of(const float *x, long width, long n, float eps) {
     return 1.0f / sqrtf(dot(x, x, width) / n + eps);
 }
 
+// A sigmoid rounded once: a token has few gates, and all its channels carry their error.
+static float gate(float x) { return (float)(1.0 / (1.0 + exp(-(double)x))); }
+
 // u = sum_j weight_j x_j, rounded to the dtype of the streams; x: N rows ``stride`` apart.
 static void read_streams(float *u, const float *x, const float *weight, long N, long D, long stride, int is_bfloat16) {
     for (long d = 0; d < D; d++) {
@@ -60,9 +63,9 @@ void dsv4_mhc_pre(long T, long N, long D, long M, int is_bfloat16, int threads, 
                 inverse_rms[first + t] = r;
                 float *mix = mixes + (first + t) * M;
                 for (long m = 0; m < M; m++) mix[m] = out[t * M + m] * r;
-                for (long j = 0; j < N; j++) weight[j] = sigmoid(mix[j] * scale[0] + base[j]) + eps;
+                for (long j = 0; j < N; j++) weight[j] = gate(mix[j] * scale[0] + base[j]) + eps;
                 for (long j = N; j < 2 * N && j < M; j++)
-                    post[(first + t) * N + j - N] = 2 * sigmoid(mix[j] * scale[1] + base[j]);
+                    post[(first + t) * N + j - N] = 2 * gate(mix[j] * scale[1] + base[j]);
                 for (long m = 2 * N; m < M; m++) logits[(m - 2 * N) * T + first + t] = mix[m] * scale[2] + base[m];
                 read_streams(u, wide + t * width, weight, N, D, D, is_bfloat16);
                 float s = inverse_rms_of(u, whole_D, D, norm_eps);
@@ -206,8 +209,7 @@ static void normalise(vec *comb, vec *total, long N, int over_columns, float eps
         vec sum = {0};
         for (long b = 0; b < N; b++) sum += comb[over_columns ? a * N + b : b * N + a];
         total[a] = sum + eps;
-        vec inverse = 1.0f / total[a];
-        for (long b = 0; b < N; b++) comb[over_columns ? a * N + b : b * N + a] *= inverse;
+        for (long b = 0; b < N; b++) comb[over_columns ? a * N + b : b * N + a] /= total[a];
     }
 }
 

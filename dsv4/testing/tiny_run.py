@@ -56,6 +56,21 @@ def tiny(source: Path) -> TrainConfig:
     )
 
 
+def shortest(source: Path) -> TrainConfig:
+    """Five steps: a dense one, two of the indexer's warm-up, two sparse ones; a checkpoint after each."""
+    config = tiny(source)
+    return replace(
+        config,
+        batch=replace(config.batch, start_tokens=192, tokens=192, ramp_tokens=0),
+        run=replace(config.run, checkpoint_steps=1, validation_steps=4, validation_tokens=200, sample_prompt="def "),
+        phases=(
+            Phase(name="dense-48", tokens=192, sequence=48, attention="dense"),
+            Phase(name="indexer-64", tokens=384, sequence=64, attention="dense", train="indexer"),
+            Phase(name="sparse-96", tokens=384, sequence=96, attention="sparse"),
+        ),
+    )
+
+
 def write_recipe(path: Path, config: TrainConfig) -> Path:
     """Write a recipe as TOML, for the command line; return the file."""
     fields = to_dict(config)
@@ -90,12 +105,17 @@ def records_of(run: Path, *kinds: str) -> list[Record]:
     ]
 
 
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder, by its path in it."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def contents(checkpoint: Path) -> dict[str, object]:
     """All that two equal checkpoints share, by file: bytes, and the state without its seconds."""
-    files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-    state = json.loads(files.pop(STATE).read_text(encoding="utf-8"))
+    files = {path.as_posix(): data for path, data in files_of(checkpoint).items()}
+    state = json.loads(files.pop(STATE))
     del state["seconds"], files["manifest.json"]  # the manifest has the state's hash
-    return {**{name: path.read_bytes() for name, path in files.items()}, STATE: state}
+    return {**files, STATE: state}
 
 
 def _lines(draw: Callable[[], float]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import pytest
 import dsv4
 from dsv4.checkpoint.training import list_checkpoints
 from dsv4.config.train import Phase
-from dsv4.testing.tiny_run import contents, records_of, tiny, tiny_trainer, write_recipe
+from dsv4.testing.tiny_run import contents, files_of, records_of, tiny, tiny_trainer, write_recipe
 from dsv4.train.metrics import read
 
 ROOT = Path(dsv4.__file__).parents[1]
@@ -52,10 +52,6 @@ def assert_same_runs(run, other):
     assert steps_kept(run) == steps_kept(other)
     for checkpoint in list_checkpoints(other / "checkpoints"):
         assert contents(run / "checkpoints" / checkpoint.path.name) == contents(checkpoint.path), checkpoint.step
-
-
-def files_of(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # A process that is killed
@@ -127,15 +123,12 @@ def test_stopped_with_a_full_queue(corpus, tmp_path):
     assert all(record["anticipatory"] for record in records_of(other, "step"))
     with pytest.raises(StoppedError):
         tiny_trainer(config, run, stop_at("step", 4)).train()
-    for step, waiting, stop in ((3, 2, 7), (6, 2, 10), (9, 1, None)):
-        trainer = resumed(config, run, tell=stop_at("step", stop))
+    for step, waiting, *stop in ((3, 2, "checkpoint", 7), (6, 2, "step", 10), (9, 1, "end", 10)):
+        trainer = resumed(config, run, tell=stop_at(*stop))
         assert trainer.position.step == step
         assert [work.plan.step for work in trainer.anticipation.waiting] == [step + 1 + i for i in range(waiting)]
-        if stop is None:
+        with pytest.raises(StoppedError):
             trainer.train()
-        else:
-            with pytest.raises(StoppedError):
-                trainer.train()
     assert_same_runs(run, other)
 
 
