@@ -9,12 +9,13 @@ from dsv4.train.loop import Trainer
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Leave the process of the tests as it is, and do not measure the machine."""
+    """Leave the process of the tests as it is, use its CPU, and do not measure the machine."""
     _leave_alone(monkeypatch)
 
 
 def _leave_alone(patch):
     patch.setattr("dsv4.cli.process.keep_freed_memory", lambda: False)
+    patch.setattr("torch.accelerator.current_accelerator", lambda: None)
     patch.setattr("dsv4.train.loop.matmul_rate", lambda dtype, device: 1e10)
 
 
@@ -42,7 +43,7 @@ def finished(recipe, tmp_path_factory):
 def untrained(monkeypatch):
     """Runs that get as far as their first step count as trained: their trainers."""
     done = []
-    monkeypatch.setattr(Trainer, "train", done.append)
+    monkeypatch.setattr(Trainer, "train", lambda trainer: done.append(trainer))
     return done
 
 

@@ -188,9 +188,10 @@ def test_a_nan_is_one_red_line_with_the_layer(finished, recipe, tmp_path, capsys
         return model
 
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsv4.train.setup.build_model", poisoned)
-        main(["train", recipe, "--run", str(run)])
+        with pytest.raises(SystemExit) as caught:
+            main(["train", recipe, "--run", str(run)])
     assert caught.value.code == 1
     (step,) = (record["step"] for record in records_of(run, "nonfinite"))
     line = red_line(capsys.readouterr())

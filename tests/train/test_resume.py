@@ -58,10 +58,11 @@ def assert_same_runs(run, other):
 
 
 def train(*arguments):
-    """Start ``dsv4 train`` as a process of its own."""
+    """Start ``dsv4 train`` as a process of its own, on one thread of the CPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, "-m", "dsv4", "train", *map(str, arguments)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
