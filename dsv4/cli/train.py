@@ -20,7 +20,7 @@ from dsv4.config.train import TrainConfig
 if TYPE_CHECKING:
     from dsv4.train.loop import Record, Trainer
 
-RUN_FAILED = 1  # exit code
+RUN_FAILED, INTERRUPTED = 1, 130  # exit codes
 
 USAGE = """usage: dsv4 train RECIPE --run DIR [--key value ...]    start a run
        dsv4 train --resume DIR [--from STEP]            continue one
@@ -138,6 +138,10 @@ def _train(trainer: Trainer, display: Display) -> None:
     try:
         with display.progress:
             trainer.train()
+    except KeyboardInterrupt:
+        run = trainer.parts.run
+        display.console.print(f"stopped; dsv4 train --resume {run} goes on from the last checkpoint", markup=False)
+        raise SystemExit(INTERRUPTED) from None
     except (NonFiniteError, SpikeError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         raise SystemExit(RUN_FAILED) from error

@@ -101,7 +101,7 @@ class BatchConfig:
     tokens: int
     """Tokens of a step once the ramp is over."""
     ramp_tokens: int
-    """Tokens over which the batch grows, linearly, in whole micro-batches. Ours."""
+    """Tokens over which the batch grows, linearly, in whole rows. Ours."""
     micro_tokens: int
     """Tokens of one forward and backward pass on one device; more are accumulated. Ours."""
 
