@@ -78,7 +78,7 @@ class Trainer:
         if s.anticipatory == "always":
             self.anticipation.activate(1, 2**62)
         self.rollbacks: int = 0
-        self.seconds: float = 0.0  # of steps done, all sessions of this run together
+        self.seconds: float = 0.0  # of steps done, before and after every resumption
         self.device = parts.model.embed.weight.device
         self.rate = matmul_rate(getattr(torch, parts.config.activations), self.device)
 
