@@ -116,10 +116,13 @@ def _build(config: TrainConfig, run: Path, display: Display, *, resume: bool) ->
     import torch
 
     from dsv4.cli.process import keep_freed_memory
+    from dsv4.train.board import require_tensorboard
     from dsv4.train.loop import Trainer
     from dsv4.train.setup import set_up
 
     keep_freed_memory()
+    if config.run.tensorboard:
+        require_tensorboard()
     accelerator = torch.accelerator.current_accelerator()
     device = torch.device("cpu") if accelerator is None else accelerator
     with display.console.status("preparing") as status:
@@ -132,9 +135,13 @@ def _build(config: TrainConfig, run: Path, display: Display, *, resume: bool) ->
 
 def _train(trainer: Trainer, display: Display) -> None:
     """Train to the end. What stops a run that was set up well is told in one red line."""
+    from dsv4.train.board import Board
     from dsv4.train.loop import SpikeError
     from dsv4.train.nonfinite import NonFiniteError
 
+    if trainer.config.run.tensorboard:
+        board = Board(trainer.parts.run / "tensorboard", trainer.position.step)
+        trainer.listen(board.write)
     try:
         with display.progress:
             trainer.train()

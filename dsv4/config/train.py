@@ -184,6 +184,8 @@ class RunConfig:
     """Order of the byte n-gram, counted on the same split, that the model is compared with; 0 for none. Ours."""
     sample_prompt: str = ""
     """A prompt that the finished model goes on from, for the report; empty for none. Ours."""
+    tensorboard: bool = False
+    """Write what is measured to RUN/tensorboard too, for TensorBoard (the extra ``tensorboard``). Ours."""
 
     def __post_init__(self) -> None:
         problems = _below("run.keep_checkpoints", self.keep_checkpoints, 2)

@@ -68,7 +68,7 @@ class Trainer:
         self.clock, self.today = clock, today
         self.log = MetricsLog(parts.run / "metrics.jsonl")
         self.checkpoints = parts.run / "checkpoints"
-        self._listener = tell
+        self._listeners = [tell]
         self.optimizer = Optimizer(parts.model, parts.config.optimizer)
         self.position = Position()  # after the last step done
         self.ahead = Position()  # after the last step fetched
@@ -251,7 +251,12 @@ class Trainer:
 
     def tell(self, **record: object) -> None:
         self.log.append(record)
-        self._listener(record)
+        for listener in self._listeners:
+            listener(record)
+
+    def listen(self, tell: Callable[[Record], None]) -> None:
+        """Let ``tell`` receive every record from now on, too."""
+        self._listeners.append(tell)
 
     def _validate(self, done: Plan) -> None:
         loss, bits = self._bits(done.phase.sequence, done.is_dense)

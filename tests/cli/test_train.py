@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,16 @@ def assert_finished_like(run, finished):
 
 
 # From start to end
+
+
+def test_tensorboard_is_asked_for_in_the_recipe(recipe, tmp_path, monkeypatch, fails):
+    run = tmp_path / "run"
+    assert main(["train", recipe, "--run", str(run), "--run.tensorboard"]) == 0
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    message = fails(recipe, "--run", tmp_path / "other", "--run.tensorboard")
+    assert "pip install 'dsv4[tensorboard]'" in message
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_from_its_recipe_to_a_model(recipe, corpus, tmp_path, capsys):

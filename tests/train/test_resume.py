@@ -150,7 +150,7 @@ def test_from_an_older_checkpoint(corpus, reference, tmp_path, step, until):
         trainer.train()
         assert_same_runs(run, reference)
         return
-    trainer._listener = stop_at("step", until + 1)
+    trainer.listen(stop_at("step", until + 1))
     with pytest.raises(StoppedError):
         trainer.train()
     for path in (run / "checkpoints").iterdir():
