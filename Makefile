@@ -37,10 +37,10 @@ golden: .venv/ready  ## the golden curve of losses, after a change that is meant
 bench-cpu: .venv/ready  ## speed and memory beside transformers; about a quarter of an hour on two cores
 	$(BIN)/python bench/model_cpu.py --json bench/results/model_cpu.json
 
-ablations: .venv/ready  ## five variants of a tiny model, three seeds each; about half an hour on two cores
+ablations: .venv/ready  ## seven variants of a tiny model, three seeds each; about half an hour on two cores
 	$(BIN)/python bench/ablations.py --json bench/results/ablations.json
 
-recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not?
+recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not? six minutes
 	$(BIN)/python bench/recall.py --json bench/results/recall.json --plot docs/recall.svg
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon

@@ -1,7 +1,8 @@
-"""Recall over distance: pairs of key and value planted in noise, asked for 64 to 8192 tokens later.
+"""Recall over distance: names told with a value in noise, asked for up to 8192 tokens later.
 
-A row holds triples STORE key value, each followed, one of the distances later, by ASK key value; everything else is
-noise. The only target is the value after an asked key. Keys of a row are distinct, so that nothing but recall answers.
+A row holds pairs of tokens, name and value, and at some distances from them a question, one token for each name;
+everything else is noise. The only targets are the values after questions, and the row never shows them there, so that
+each pair can be asked for many times. Names of a row are distinct, their values random: nothing but recall answers.
 The sparse model learns on rows that grow, through the phases of the schedule: dense, warm-up of the indexer, sparse.
 The other model is the same with windows alone, in the same budget of tokens. ``make recall`` runs both, draws accuracy
 by distance, and writes ``bench/results/recall.json`` and ``docs/recall.svg``.
@@ -14,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -37,64 +39,84 @@ from dsv4.train.setup import build_model
 from dsv4.train.step import train_step
 
 DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-BOS, EOS, STORE, ASK = range(4)
-NOISE, KEYS, VALUES = range(4, 68), range(68, 580), range(580, 644)
-VOCABULARY = 644
-SLOT = 4  # a triple has this much room: one token of noise is left between neighbours at least
-EVALUATION_ROWS = 8
+BOS, EOS = range(2)
+NOISE, NAMES, QUESTIONS, VALUES = range(4, 68), range(68, 100), range(100, 132), range(132, 164)
+VOCABULARY = 164
+SHORTEST = 32  # of the distances trained on: as far as the window
+SLOT = 4  # tokens that a pair has for itself
+TOKENS_A_PAIR = 16  # with its questions, at least
+SHARE_ASKED = 0.5  # of the places for questions, those that are tried
+EVALUATION_ROWS = 32
 EVALUATION_SEQUENCE = 8704
 
 
-def rows(num_rows: int, sequence: int, seed: int) -> tuple[Batch, np.ndarray]:
-    """Rows of planted pairs, and the distance that each target lies back, [B, T], 0 where there is none."""
+def rows(num_rows: int, sequence: int, seed: int, distances: Sequence[int] = ()) -> tuple[Batch, np.ndarray]:
+    """Rows of pairs, and the distance that each target lies back, [B, T], 0 where there is none.
+
+    Without ``distances`` any one is drawn, the short as often as the long (log-uniform): a model that trained on a few
+    would learn to look that far back, and not to look for the name.
+    """
     generator = np.random.default_rng(seed)
     ids = generator.choice(NOISE, (num_rows, sequence))
     targets = np.full((num_rows, sequence), -1)
-    distances = np.zeros((num_rows, sequence), dtype=np.int64)
-    possible = [d for d in DISTANCES if d + 2 * SLOT < sequence]
+    lies_back = np.zeros((num_rows, sequence), dtype=np.int64)
+    longest = sequence - 3 * SLOT
+    num_pairs = min(len(NAMES), sequence // TOKENS_A_PAIR)
+    num_asked = int(SHARE_ASKED * (sequence - num_pairs * SLOT) / num_pairs)
+
+    def some(count: int) -> np.ndarray:
+        if distances:
+            return generator.choice([d for d in distances if d <= longest], count)
+        return np.exp(generator.uniform(np.log(SHORTEST), np.log(longest), count)).astype(int)
+
     for row in range(num_rows):
-        is_free = np.ones(sequence // SLOT, dtype=bool)
-        keys = generator.permutation(KEYS)[: sequence // (3 * SLOT)]
-        for key in keys:
-            distance = int(generator.choice(possible))
-            slots = np.flatnonzero(is_free[: -distance // SLOT - 1] & is_free[distance // SLOT : -1])
-            if not len(slots):
+        is_free = np.ones(sequence, dtype=bool)
+        is_free[0] = False
+        for name in generator.permutation(len(NAMES))[:num_pairs].tolist():
+            first, *others = some(num_asked).tolist()
+            begins = np.arange(SLOT, sequence - first - 1)  # the name's place; its value follows
+            begins = begins[
+                is_free[begins] & is_free[begins + 1] & is_free[begins + first] & (begins % SLOT < SLOT - 1)
+            ]
+            if not len(begins):
                 continue
-            slot, value = int(generator.choice(slots)), int(generator.choice(VALUES))
-            offset = int(generator.integers(2))  # not always at the start of a compressed block
-            for mark, at in ((STORE, slot * SLOT + offset), (ASK, slot * SLOT + offset + distance)):
-                ids[row, at : at + 3] = (mark, key, value)
-            asked = slot * SLOT + offset + distance + 1
-            targets[row, asked], distances[row, asked] = value, distance
-            is_free[[slot, slot + distance // SLOT]] = False
+            at, value = int(generator.choice(begins)), int(generator.choice(VALUES))
+            ids[row, at : at + 2] = (NAMES[name], value)
+            is_free[at : at + 2] = False
+            for distance in (first, *others):
+                asked = at + distance
+                if asked < sequence and is_free[asked]:
+                    is_free[asked] = False
+                    ids[row, asked], targets[row, asked], lies_back[row, asked] = QUESTIONS[name], value, distance
     ids[:, 0] = BOS
     batch = Batch(
         token_ids=torch.from_numpy(ids), segment_ids=torch.zeros(num_rows, sequence, dtype=torch.int64),
         targets=torch.from_numpy(targets), num_bytes=0,
     )  # fmt: skip
-    return batch, distances
+    return batch, lies_back
 
 
 def model_config(has_entries: bool) -> ModelConfig:
-    """Three layers of width 128: window, CSA, CSA; or three windows."""
+    """Two layers of width 64: two of CSA; or two windows."""
     small = nano()
     return replace(
         small,
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        layer_kinds=("window", "csa", "csa") if has_entries else ("window",) * 3,
+        hidden_size=64,
+        initializer_range=0.12,  # a matrix of 64 inputs then keeps the size of what it maps
+        layer_kinds=("csa" if has_entries else "window",) * 2,
         mtp_kinds=(),
         attention=replace(
-            small.attention, num_heads=4, head_dim=64, rotary_dims=16, q_rank=64, o_groups=2, o_rank=64, window=32
+            small.attention, num_heads=2, head_dim=64, rotary_dims=8, q_rank=64, o_groups=1, o_rank=64, window=32
         ),
-        indexer=replace(small.indexer, num_heads=8, head_dim=32, top_k=32),
-        moe=replace(small.moe, num_experts=4, expert_dim=128, num_hash_layers=0),
+        indexer=replace(small.indexer, num_heads=4, head_dim=32, top_k=32),
+        moe=replace(small.moe, num_experts=2, experts_per_token=1, expert_dim=64, num_hash_layers=0),
         max_context=16384,
     )
 
 
 def recipe(model: Path, scale: float) -> TrainConfig:
-    """Rows that grow from 512 to 8704 tokens; ``scale`` multiplies the tokens of every phase."""
+    """Rows that grow from 128 to 8704 tokens; ``scale`` multiplies the tokens of every phase."""
     demo = load_recipe("demo")
 
     def phase(name: str, tokens: int, sequence: int, attention: str, train: str = "all") -> Phase:
@@ -103,16 +125,17 @@ def recipe(model: Path, scale: float) -> TrainConfig:
     return replace(
         demo,
         model=str(model),
-        batch=BatchConfig(start_tokens=8192, tokens=8192, ramp_tokens=0, micro_tokens=EVALUATION_SEQUENCE),
-        optimizer=replace(demo.optimizer, warmup_steps=20, decay_fraction=0.3),
+        batch=BatchConfig(start_tokens=2048, tokens=2048, ramp_tokens=0, micro_tokens=EVALUATION_SEQUENCE),
+        optimizer=replace(demo.optimizer, peak_lr=0.006, end_lr=0.0006, warmup_steps=20, decay_fraction=0.3),
         loss=replace(demo.loss, mtp_weight=0.0, mtp_weight_decay=0.0),
         phases=(
-            phase("dense-512", 1_500_000, 512, "dense"),
-            phase("dense-1k", 400_000, 1024, "dense"),
-            phase("indexer-1k", 150_000, 1024, "dense", "indexer"),
-            phase("sparse-1k", 300_000, 1024, "sparse"),
-            phase("sparse-4k", 400_000, 4608, "sparse"),
-            phase("sparse-8k", 500_000, EVALUATION_SEQUENCE, "sparse"),
+            phase("dense-128", 600_000, 128, "dense"),
+            phase("dense-512", 600_000, 512, "dense"),
+            phase("dense-2k", 600_000, 2048, "dense"),
+            phase("indexer-2k", 300_000, 2048, "dense", "indexer"),
+            phase("sparse-2k", 300_000, 2048, "sparse"),
+            phase("sparse-4k", 500_000, 4608, "sparse"),
+            phase("sparse-8k", 800_000, EVALUATION_SEQUENCE, "sparse"),
         ),
     )
 
@@ -127,7 +150,7 @@ def accuracy(model: Transformer, dense: bool) -> dict[int, float]:
     """Share of right answers by distance, on rows never trained on."""
     right: dict[int, list[bool]] = {distance: [] for distance in DISTANCES}
     for row in range(EVALUATION_ROWS):
-        batch, distances = rows(1, EVALUATION_SEQUENCE, seed=10**9 + row)
+        batch, distances = rows(1, EVALUATION_SEQUENCE, 10**9 + row, DISTANCES)
         streams, _ = model.run(batch.token_ids, segment_ids=batch.segment_ids, dense=dense)
         asked = batch.targets[0] >= 0
         answers = model.logits(model.hidden(streams)[0, asked]).argmax(dim=-1)
@@ -155,7 +178,7 @@ def run(kind: str, seed: int, scale: float, directory: Path) -> dict:
         )
         result.apply()
         position = after(position, now)
-        if now.step % 20 == 0 or now.is_last:
+        if now.step % 50 == 0 or now.is_last:
             tell(kind, now, position, result.record(), time.perf_counter() - begin, config)
     return {"kind": kind, "seed": seed, "tokens": position.tokens, "seconds": time.perf_counter() - begin,
             "accuracy": accuracy(model, dense=kind != "sparse")}  # fmt: skip
@@ -175,7 +198,7 @@ def draw(report: dict, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    names = {"sparse": "window, CSA, CSA", "window": "windows alone"}
+    names = {"sparse": "two CSA layers", "window": "two window layers"}
     for colour, kind in zip(("#0072b2", "#d55e00"), names, strict=True):
         for found in [r for r in report["runs"] if r["kind"] == kind]:
             values = [found["accuracy"][str(d)] for d in DISTANCES]
