@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
 SOURCES = Path(__file__).parent
@@ -70,13 +71,22 @@ def serves(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
 
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Say whether autograd watches any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def call(name: str, *arguments: torch.Tensor | float | None) -> None:
     """Run a kernel: tensors, made contiguous by the caller, go as pointers, None as null, ints as long.
 
     Profiles show it under its name.
     """
+    run = getattr(library(), name)
+    if not _profiler_enabled():  # telling it costs as much as a small kernel
+        run(*map(_argument, arguments))
+        return
     with record_function(name):
-        getattr(library(), name)(*map(_argument, arguments))
+        run(*map(_argument, arguments))
 
 
 def is_bfloat16(x: torch.Tensor) -> int:

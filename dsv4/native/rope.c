@@ -71,3 +71,15 @@ void dsv4_rotate_unit_backward(long rows, long K, long pairs, long heads, int is
         free(g);
     }
 }
+
+// Cosine and sine [n, pairs] of positions [n] times frequency [pairs], the product formed in float32.
+void dsv4_angles(long n, long pairs, int threads, const int32_t *positions, const float *frequency, float *cosine,
+                 float *sine) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < n; i++)
+        for (long k = 0; k < pairs; k++) {
+            double angle = (float)positions[i] * frequency[k];
+            cosine[i * pairs + k] = (float)cos(angle);
+            sine[i * pairs + k] = (float)sin(angle);
+        }
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 
@@ -16,15 +18,14 @@ class Shapes:
 
         A letter may be a number (``"2"``). A leading ``...`` allows any leading dimensions.
         """
-        wanted = letters.split()
-        shape = list(tensor.shape)
-        if wanted and wanted[0] == "...":
-            wanted = wanted[1:]
-            shape = shape[len(shape) - len(wanted) :] if len(shape) >= len(wanted) else shape
+        wanted, is_open = _parse(letters)
+        shape = tensor.shape
+        if is_open and len(shape) >= len(wanted):
+            shape = shape[len(shape) - len(wanted) :]
         fits = len(shape) == len(wanted)
         if fits:
             for letter, size in zip(wanted, shape, strict=True):
-                known = int(letter) if letter.isdigit() else self._sizes.setdefault(letter, (size, name))[0]
+                known = letter if isinstance(letter, int) else self._sizes.setdefault(letter, (size, name))[0]
                 fits = fits and known == size
         if not fits:
             known = ", ".join(
@@ -40,6 +41,14 @@ class Shapes:
     def size(self, letter: str) -> int:
         """Return the size bound to ``letter``."""
         return self._sizes[letter][0]
+
+
+@cache
+def _parse(letters: str) -> tuple[tuple[str | int, ...], bool]:
+    """The letters and numbers of a shape, and whether other dimensions may come before them."""
+    wanted = letters.split()
+    is_open = wanted[:1] == ["..."]
+    return tuple(int(x) if x.isdigit() else x for x in wanted[is_open:]), is_open
 
 
 def check_integer(name: str, tensor: torch.Tensor) -> None:

@@ -7,10 +7,13 @@ w1 is the gate, w3 the linear part, w2 the way back. The routing weight multipli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.experts import native, portable, reference
+from dsv4.ops.experts.portable import Matrices
 from dsv4.ops.shapes import Shapes, check_integer
 
 
@@ -33,13 +36,58 @@ def experts(
     w3: torch.Tensor,
     limit: float,
     *,
+    fixed_order: bool = False,
     backend: Backend = "portable",
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, [T, D] float32.
 
     x: [T, D]; chosen: [T, A] int64, distinct in a row; weights: [T, A] float32; w1, w3: [E, F, D];
     w2: [E, D, F], in any float dtype (cast to that of x). The caller adds the shared expert and rounds.
+    fixed_order: each token by itself, where the backend is ``native`` and no gradient is asked for.
     """
+    _check(x, chosen, weights, (w1, w2, w3))
+    with_kernels = native.experts_in_order if fixed_order else native.experts
+    run = pick(backend, reference=reference.experts, portable=portable.experts, native=with_kernels)
+    return run(x, chosen, weights, w1, w2, w3, limit)
+
+
+def experts_with_shared(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: Matrices,
+    shared: Matrices,
+    limit: float,
+    *,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Return the whole feed-forward layer, [T, D] in the dtype of x: ``experts``, plus the expert of every token.
+
+    routed: w1, w2 and w3 of ``experts``; shared: w1 [F, D], w2 [D, F] and w3 [F, D]. The shared expert's routing weight
+    is 1; its result, rounded to the dtype of x, is added to the float32 sum of the others, and the whole rounded once.
+    """
+    _check(x, chosen, weights, routed, shared)
+    run = pick(
+        backend,
+        reference=reference.experts_with_shared,
+        portable=portable.experts_with_shared,
+        native=native.experts_with_shared,
+    )
+    return run(x, chosen, weights, routed, shared, limit)
+
+
+def _check(
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, routed: Matrices, shared: Sequence[torch.Tensor] = ()
+) -> None:
+    """Check the shapes, at the cost of comparing numbers where they fit: a decoding step has little else to do."""
+    if x.dim() == chosen.dim() == 2 and routed[0].dim() == 3 and chosen.dtype == torch.int64:
+        (T, D), A, (E, F, _) = x.shape, chosen.shape[1], routed[0].shape
+        wanted = (T, D), (T, A), (T, A), (E, F, D), (E, D, F), (E, F, D), (F, D), (D, F), (F, D)
+        if all(
+            given.shape == size for given, size in zip((x, chosen, weights, *routed, *shared), wanted, strict=False)
+        ):
+            return
+    w1, w2, w3 = routed
     shapes = Shapes()
     shapes.check("x", x, "T D")
     shapes.check("chosen", chosen, "T A")
@@ -47,6 +95,6 @@ def experts(
     shapes.check("w1", w1, "E F D")
     shapes.check("w3", w3, "E F D")
     shapes.check("w2", w2, "E D F")
+    for name, matrix, letters in zip(("w1", "w2", "w3"), shared, ("F D", "D F", "F D"), strict=False):
+        shapes.check(f"shared {name}", matrix, letters)
     check_integer("chosen", chosen)
-    chosen_implementation = pick(backend, reference=reference.experts, portable=portable.experts, native=native.experts)
-    return chosen_implementation(x, chosen, weights, w1, w2, w3, limit)

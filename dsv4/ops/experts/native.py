@@ -1,12 +1,20 @@
-"""SwiGLU on the CPU as one C kernel (``native/swiglu.c``), alone and inside the experts."""
+"""SwiGLU on the CPU as one C kernel (``native/swiglu.c``), alone and inside the experts.
+
+In a fixed order, and where no gradient is asked for, the experts are one kernel as a whole (``native/experts.c``): a
+token's bits do not depend on the tokens beside it, nor on the number of threads.
+"""
 
 from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from dsv4 import native
 from dsv4.ops.experts import portable
+from dsv4.ops.experts.portable import Matrices
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -28,6 +36,85 @@ def experts(
     """See ``dsv4.ops.experts``."""
     activation = _ACTIVATION if native.serves(x) else portable.ACTIVATION
     return portable.run(x, chosen, weights, w1, w2, w3, limit, activation)
+
+
+def experts_in_order(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts``."""
+    if not _is_fixed(x, weights, w1, w2, w3):
+        return experts(x, chosen, weights, w1, w2, w3, limit)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _run(x, chosen, weights, (w1, w2, w3), None, limit, out)
+    return out
+
+
+def experts_with_shared(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: Matrices,
+    shared: Matrices,
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.experts_with_shared``."""
+    if _is_fixed(x, weights, *routed, *shared):
+        out = torch.empty(x.shape, dtype=x.dtype)
+        _run(x, chosen, weights, routed, shared, limit, out)
+        return out
+    return portable.join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
+
+
+def _is_fixed(x: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor) -> bool:
+    """Say whether the kernel takes these: no gradient to keep anything for, matrices of one dtype, and some tokens."""
+    if native.wants_gradient(x, weights, *matrices) or not native.serves(x) or not x.numel():
+        return False
+    dtype = matrices[0].dtype
+    return all(native.serves(w) and w.dtype == dtype for w in matrices)
+
+
+def _run(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: Matrices,
+    shared: Matrices | None,
+    limit: float,
+    out: torch.Tensor,
+) -> None:
+    E, F, D = routed[0].shape
+    stacks = [_side_by_side(w) for w in routed]
+    extra = [w.contiguous() for w in shared] if shared else [None] * 3
+    tables = [
+        _addresses(w.data_ptr(), w.stride(0) * w.element_size(), E, 0 if one is None else one.data_ptr())
+        for w, one in zip(stacks, extra, strict=True)
+    ]
+    wrong = ctypes.c_long()
+    native.call(
+        "dsv4_experts", *chosen.shape, E, D, F, native.is_bfloat16(x), native.is_bfloat16(stacks[0]),
+        shared is not None, torch.get_num_threads(), float(limit), x.contiguous(), chosen.contiguous(),
+        weights.float().contiguous(), *map(ctypes.addressof, tables), out, ctypes.addressof(wrong),
+    )  # fmt: skip
+    if wrong.value:
+        lowest, highest = chosen.min().item(), chosen.max().item()
+        raise ValueError(f"chosen holds {lowest} to {highest}; expected experts from 0 to {E - 1}")
+
+
+def _side_by_side(w: torch.Tensor) -> torch.Tensor:
+    """w [E, ...], copied unless each expert's matrix lies in one piece."""
+    return w if w.is_contiguous() or w[0].is_contiguous() else w.contiguous()
+
+
+@lru_cache(maxsize=4096)  # three a layer, the same ones step after step
+def _addresses(first: int, step: int, count: int, shared: int) -> ctypes.Array[ctypes.c_void_p]:
+    """The address of each expert's matrix, and last that of the shared one."""
+    return (ctypes.c_void_p * (count + 1))(*(first + i * step for i in range(count)), shared)
 
 
 def _activate(gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor | None, limit: float) -> torch.Tensor:

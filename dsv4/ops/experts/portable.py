@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # w1, w2 and w3
 ROWS = 64  # an expert's group of many tokens is filled up to a multiple of this
 
 
@@ -28,6 +29,30 @@ def experts(
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts``."""
     return run(x, chosen, weights, w1, w2, w3, limit, ACTIVATION)
+
+
+def experts_with_shared(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: Matrices,
+    shared: Matrices,
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.experts_with_shared``."""
+    return join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
+
+
+def join(
+    routed: torch.Tensor,
+    x: torch.Tensor,
+    shared: Matrices,
+    limit: float,
+    swiglu: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+) -> torch.Tensor:
+    """Add the shared expert of x to the result of the routed ones, [T, D], and round once."""
+    w1, w2, w3 = (w.to(x.dtype) for w in shared)
+    return (routed + F.linear(swiglu(F.linear(x, w1), F.linear(x, w3), limit), w2)).to(x.dtype)
 
 
 class ActivationGrads(NamedTuple):

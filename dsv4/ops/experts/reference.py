@@ -33,3 +33,17 @@ def experts(
             total = total + (w2[expert].to(x.dtype) @ hidden).to(wide)
         rows.append(total)
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1], dtype=wide)
+
+
+def experts_with_shared(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.experts_with_shared``."""
+    w1, w2, w3 = (w.to(x.dtype) for w in shared)
+    own = swiglu(x @ w1.T, x @ w3.T, limit) @ w2.T
+    return (experts(x, chosen, weights, *routed, limit) + own).to(x.dtype)

@@ -34,9 +34,12 @@ def pre(
     if not _serves(streams):
         return portable.pre(streams, fn, base, scale, norm_weight, norm_eps, eps, iterations)
     B, T, N, D = streams.shape
-    x, post_weights, comb, carried = _Pre.apply(
-        streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, iterations
-    )
+    flat = streams.flatten(0, 1)
+    if native.wants_gradient(streams, fn, base, scale, norm_weight):
+        x, post_weights, comb, carried = _Pre.apply(flat, fn, base, scale, norm_weight, norm_eps, eps, iterations)
+    else:
+        carried = flat.contiguous()
+        x, post_weights, comb, _, _ = _read(carried, fn, base, scale, norm_weight, norm_eps, eps, iterations)
     return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
 
 
@@ -44,7 +47,8 @@ def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, com
     """See ``dsv4.ops.mhc.post``."""
     if not _serves(streams) or y.dtype != streams.dtype:
         return portable.post(streams, y, post_weights, comb)
-    mixed = _Post.apply(streams.flatten(0, 1), y.flatten(0, 1), post_weights.flatten(0, 1), comb.flatten(0, 1))
+    flat = [x.flatten(0, 1) for x in (streams, y, post_weights, comb)]
+    mixed = _Post.apply(*flat) if native.wants_gradient(*flat) else _write([x.contiguous() for x in flat])
     return mixed.view(streams.shape)
 
 
@@ -60,7 +64,11 @@ def head(
     """See ``dsv4.ops.mhc.head``."""
     if not _serves(streams):
         return portable.head(streams, fn, base, scale, norm_weight, norm_eps, eps)
-    x, _, _, _ = _Pre.apply(streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, 0)
+    flat = streams.flatten(0, 1)
+    if native.wants_gradient(streams, fn, base, scale, norm_weight):
+        x = _Pre.apply(flat, fn, base, scale, norm_weight, norm_eps, eps, 0)[0]
+    else:
+        x = _read(flat.contiguous(), fn, base, scale, norm_weight, norm_eps, eps, 0)[0]
     return x.view(*streams.shape[:2], streams.shape[-1])
 
 
@@ -113,23 +121,40 @@ class _Sinkhorn(torch.autograd.Function):
         return _doubly_stochastic_backward(grad, logits, ctx.eps, ctx.iterations), None, None
 
 
+def _read(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[torch.Tensor, ...]:
+    """Read [T, N, D]: returns x, post weights and comb, and for backward the mixes [T, M] and inverse RMS [T, 1]."""
+    T, N, D = streams.shape
+    M = fn.shape[0]
+    x, mixes, inverse_rms = streams.new_empty(T, D), fn.new_empty(T, M), fn.new_empty(T, 1)
+    post_weights, logits = (fn.new_empty(T, N), fn.new_empty(N * N, T)) if iterations else (fn.new_empty(0),) * 2
+    if N * D % LANES:
+        fn = F.pad(fn, (0, -N * D % LANES))
+    native.call(
+        "dsv4_mhc_pre", T, N, D, M, native.is_bfloat16(streams), _threads(T),
+        streams, fn.contiguous(), base.contiguous(), scale.contiguous(),
+        norm_weight.float().contiguous(), norm_eps, eps, x, mixes, inverse_rms, post_weights, logits,
+    )  # fmt: skip
+    comb = _doubly_stochastic(logits, N, eps, iterations) if iterations else fn.new_empty(0)
+    return x, post_weights, comb, mixes, inverse_rms
+
+
 class _Pre(torch.autograd.Function):
     """Reading and normalisation. With no iterations there is a head's read alone, without post and comb."""
 
     @staticmethod
     def forward(ctx, streams, fn, base, scale, norm_weight, norm_eps, eps, iterations):
-        T, N, D = streams.shape
-        M = fn.shape[0]
         streams = streams.contiguous()
-        x, mixes, inverse_rms = streams.new_empty(T, D), fn.new_empty(T, M), fn.new_empty(T, 1)
-        post_weights, logits = (fn.new_empty(T, N), fn.new_empty(N * N, T)) if iterations else (fn.new_empty(0),) * 2
-        native.call(
-            "dsv4_mhc_pre", T, N, D, M, native.is_bfloat16(streams), _threads(T),
-            streams, F.pad(fn, (0, -N * D % LANES)).contiguous(), base.contiguous(), scale.contiguous(),
-            norm_weight.float().contiguous(), norm_eps, eps, x, mixes, inverse_rms, post_weights, logits,
-        )  # fmt: skip
-        comb = _doubly_stochastic(logits, N, eps, iterations) if iterations else fn.new_empty(0)
-        ctx.save_for_backward(streams, fn, base, scale, norm_weight, mixes, inverse_rms)
+        x, post_weights, comb, *formed = _read(streams, fn, base, scale, norm_weight, norm_eps, eps, iterations)
+        ctx.save_for_backward(streams, fn, base, scale, norm_weight, *formed)
         ctx.norm_eps, ctx.eps, ctx.iterations = norm_eps, eps, iterations
         ctx.set_materialize_grads(False)
         return x, post_weights, comb, streams.view_as(streams)
@@ -175,15 +200,20 @@ class _Pre(torch.autograd.Function):
         return grad_streams, grad_fn, grad_logits.sum(dim=1), grad_scale, grad_norm, None, None, None
 
 
+def _write(flat: list[torch.Tensor]) -> torch.Tensor:
+    """Write streams [T, N, D] from streams, y, post weights and comb, all contiguous."""
+    T, N, D = flat[0].shape
+    out = torch.empty_like(flat[0])
+    native.call("dsv4_mhc_post", T, N, D, native.is_bfloat16(out), _threads(T), *flat, out)
+    return out
+
+
 class _Post(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams, y, post_weights, comb):
-        T, N, D = streams.shape
         kept = [x.contiguous() for x in (streams, y, post_weights, comb)]
-        out = torch.empty_like(kept[0])
-        native.call("dsv4_mhc_post", T, N, D, native.is_bfloat16(streams), _threads(T), *kept, out)
         ctx.save_for_backward(*kept)
-        return out
+        return _write(kept)
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.rmsnorm import portable, reference
+from dsv4.ops.rmsnorm import native, portable, reference
 from dsv4.ops.shapes import Shapes, check_floating
 
 
@@ -22,4 +22,5 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, backend
         shapes = Shapes()
         shapes.check("x", x, "... D")
         shapes.check("weight", weight, "D")
-    return pick(backend, reference=reference.rmsnorm, portable=portable.rmsnorm)(x, weight, eps)
+    chosen = pick(backend, reference=reference.rmsnorm, portable=portable.rmsnorm, native=native.rmsnorm)
+    return chosen(x, weight, eps)

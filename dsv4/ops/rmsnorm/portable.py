@@ -28,14 +28,25 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x.to(inverse_rms.dtype) * inverse_rms  # [..., D] wide
-        grad = grad.to(normed.dtype)
-        grad_weight = None
-        if weight is not None:
-            if ctx.needs_input_grad[1]:
-                grad_weight = (normed * grad).reshape(-1, x.shape[-1]).sum(dim=0).to(weight.dtype)
-            grad = grad * weight.to(normed.dtype)
-        # y = x r, dr/dx = -r^3 x / D: the part of the gradient along x is removed.
-        along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
-        grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(inverse_rms)
-        return grad_x.to(x.dtype), grad_weight, None
+        return *gradients(grad, x, weight, inverse_rms, ctx.needs_input_grad[1]), None
+
+
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    inverse_rms: torch.Tensor,
+    is_weight_trained: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of x and weight. inverse_rms: [..., 1] wide."""
+    normed = x.to(inverse_rms.dtype) * inverse_rms  # [..., D] wide
+    grad = grad.to(normed.dtype)
+    grad_weight = None
+    if weight is not None:
+        if is_weight_trained:
+            grad_weight = (normed * grad).reshape(-1, x.shape[-1]).sum(dim=0).to(weight.dtype)
+        grad = grad * weight.to(normed.dtype)
+    # y = x r, dr/dx = -r^3 x / D: the part of the gradient along x is removed.
+    along = torch.linalg.vecdot(grad, normed).unsqueeze(-1) / x.shape[-1]
+    grad_x = torch.addcmul(grad, normed, along, value=-1).mul_(inverse_rms)
+    return grad_x.to(x.dtype), grad_weight

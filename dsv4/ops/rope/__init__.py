@@ -49,12 +49,17 @@ def frequencies(
     return plain / factor * ramp + plain * (1 - ramp)
 
 
-def angles(positions: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(
+    positions: torch.Tensor, frequency: torch.Tensor, *, backend: Backend = "portable"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cosine and sine of position * frequency.
 
-    positions: [B, T] int64; frequency: [R / 2] float32; returns two of [B, T, R / 2] float32.
-    The product is formed in float32, as the released code does.
+    positions: [B, T] integers; frequency: [R / 2] float32; returns two of [B, T, R / 2] float32.
+    The product is formed in float32, as the released code does. ``native`` gives a position the same bits whatever
+    stands beside it, which torch's own functions do not.
     """
+    if backend == "native" and frequency.device.type == "cpu":
+        return native.angles(positions, frequency)
     angle = positions.float()[..., None] * frequency  # [B, T, R / 2]
     return angle.cos(), angle.sin()
 

@@ -8,11 +8,15 @@ from torch.autograd.function import once_differentiable
 from dsv4 import native
 from dsv4.ops.rope import portable
 
+VERY_SMALL = 64  # fewer rows than this are not worth splitting over threads
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """See ``dsv4.ops.rope.rotate``."""
     if not _serves(x, cos):
         return portable.rotate(x, cos, sin)
+    if not native.wants_gradient(x):
+        return _turn(x, cos.contiguous(), sin.contiguous(), 1.0)
     return _Rotate.apply(x, cos, sin)
 
 
@@ -20,7 +24,17 @@ def rotate_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: floa
     """See ``dsv4.ops.rope.rotate_unit``."""
     if not _serves(x, cos):
         return portable.rotate_unit(x, cos, sin, eps)
+    if not native.wants_gradient(x):
+        return _turn_unit(x.contiguous(), cos.contiguous(), sin.contiguous(), eps)[0]
     return _RotateUnit.apply(x, cos, sin, eps)
+
+
+def angles(positions: torch.Tensor, frequency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.rope.angles``."""
+    cos, sin = (torch.empty(*positions.shape, len(frequency)) for _ in range(2))
+    n, pairs, threads = positions.numel(), len(frequency), _threads(positions.numel())
+    native.call("dsv4_angles", n, pairs, threads, positions.to(torch.int32).contiguous(), frequency, cos, sin)
+    return cos, sin
 
 
 def _serves(x: torch.Tensor, cos: torch.Tensor) -> bool:
@@ -30,13 +44,24 @@ def _serves(x: torch.Tensor, cos: torch.Tensor) -> bool:
 def _sizes(x: torch.Tensor, cos: torch.Tensor) -> tuple[int, ...]:
     """Rows, channels, pairs, heads a token, dtype and threads."""
     heads = x.shape[2] if x.dim() == 4 else 1
-    return x.numel() // x.shape[-1], x.shape[-1], cos.shape[-1], heads, native.is_bfloat16(x), torch.get_num_threads()
+    rows = x.numel() // x.shape[-1]
+    return rows, x.shape[-1], cos.shape[-1], heads, native.is_bfloat16(x), _threads(rows)
+
+
+def _threads(rows: int) -> int:
+    return torch.get_num_threads() if rows >= VERY_SMALL else 1
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     native.call("dsv4_rotate", *_sizes(x, cos), sign, x, cos, sin, y)
     return y
+
+
+def _turn_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    y, inverse_rms = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+    native.call("dsv4_rotate_unit", *_sizes(x, cos), eps, x, cos, sin, y, inverse_rms)
+    return y, inverse_rms
 
 
 class _Rotate(torch.autograd.Function):
@@ -59,8 +84,7 @@ class _RotateUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, eps):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        y, inverse_rms = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-        native.call("dsv4_rotate_unit", *_sizes(x, cos), eps, x, cos, sin, y, inverse_rms)
+        y, inverse_rms = _turn_unit(x, cos, sin, eps)
         ctx.save_for_backward(y, inverse_rms, cos, sin)
         return y
 

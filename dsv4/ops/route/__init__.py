@@ -10,9 +10,36 @@ from __future__ import annotations
 
 import torch
 
+from dsv4 import native as kernels
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.route import portable, reference
+from dsv4.ops.route import native, portable, reference
 from dsv4.ops.shapes import Shapes, check_integer
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    chosen: torch.Tensor | None,
+    experts_per_token: int,
+    routed_scale: float,
+    *,
+    backend: Backend = "portable",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts [T, A] int64 and their weights [T, A] float32, without gradients.
+
+    logits: [T, E] float32. Experts are chosen by affinity plus bias [E] float32, unless ``chosen`` [T, A] int64 gives
+    them: exactly one of the two is there.
+    """
+    if (bias is None) == (chosen is None):
+        raise ValueError("bias and chosen are both given or both None; expected one of them")
+    with torch.no_grad():
+        if backend == "native" and kernels.serves(logits):
+            return native.route(logits, bias, chosen, experts_per_token, routed_scale)
+        affinities = affinity(logits, backend=backend)
+        if chosen is None:
+            assert bias is not None
+            chosen = choose(affinities, bias, experts_per_token)
+        return chosen, weigh(affinities, chosen, routed_scale)
 
 
 def affinity(logits: torch.Tensor, *, backend: Backend = "portable") -> torch.Tensor:

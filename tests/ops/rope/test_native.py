@@ -56,3 +56,16 @@ def test_strided_input():
         return rope.rotate(x, cos.to(wide), sin.to(wide), backend=backend)
 
     assert_kernels_agree(turn, DTYPES, x=x)
+
+
+def test_angles_are_those_of_float64_and_the_same_alone():
+    frequency = rope.frequencies(14, 10000.0)
+    positions = torch.tensor([[0, 1, 7, 1023, 65535, 1048575]])
+    cos, sin = rope.angles(positions, frequency, backend="native")
+    product = (positions.float()[..., None] * frequency).double()
+    torch.testing.assert_close(cos.double(), product.cos(), rtol=0, atol=2**-24)
+    torch.testing.assert_close(sin.double(), product.sin(), rtol=0, atol=2**-24)
+    for i in range(positions.shape[1]):
+        alone = rope.angles(positions[:, i : i + 1], frequency, backend="native")
+        assert torch.equal(alone[0][0, 0], cos[0, i])
+        assert torch.equal(alone[1][0, 0], sin[0, i])

@@ -1,0 +1,140 @@
+// The experts' forward pass in the fixed order of product.h: tokens grouped by expert, all in one parallel region.
+// Contract: dsv4/ops/experts. Shapes T A E D F as there; a slot is one choice of one token.
+#include "product.h"
+
+#define SPAN 64      // rows of w1 and w3 that a thread takes at a time,
+#define SPAN_BACK 128 // and of w2
+#define TOKENS 64    // rows of gate and linear part made at a time
+#define FEW 16       // tokens that leave the threads waiting for the weights, which then are read in long runs
+
+// Rows of tokens, grouped by expert: those of group g belong to expert[g] and begin at begin[g].
+typedef struct {
+    long groups;
+    int32_t *expert, *begin;
+    int32_t *token; // of each row
+    float *factor;  // of each row, the routing weight
+    int32_t *row;   // of each slot
+} Groups;
+
+// Count and place the slots. With a shared expert, number E, it has a last group of all tokens.
+static int group(Groups *to, long T, long A, long E, const int64_t *chosen, const float *weights, int shared) {
+    long rows = T * (A + shared);
+    to->expert = malloc(4 * (2 * E + 3 + 3 * rows) + 4);
+    int32_t *next = calloc(E + 1, 4);
+    if (!to->expert || !next) abort();
+    to->begin = to->expert + E + 1;
+    to->token = to->begin + E + 2;
+    to->row = to->token + rows;
+    to->factor = (float *)(to->row + rows);
+    to->groups = 0;
+    int fits = 1;
+    for (long slot = 0; slot < T * A; slot++) {
+        fits = fits && chosen[slot] >= 0 && chosen[slot] < E;
+        if (fits) next[chosen[slot]]++;
+    }
+    int32_t start = 0;
+    for (long expert = 0; fits && expert < E; expert++) {
+        int32_t count = next[expert];
+        next[expert] = start;
+        if (!count) continue;
+        to->expert[to->groups] = expert;
+        to->begin[to->groups++] = start;
+        start += count;
+    }
+    for (long slot = 0; fits && slot < T * A; slot++) {
+        int32_t row = next[chosen[slot]]++;
+        to->token[row] = slot / A;
+        to->factor[row] = weights[slot];
+        to->row[slot] = row;
+    }
+    if (shared) {
+        to->expert[to->groups] = E;
+        to->begin[to->groups++] = T * A;
+        for (long t = 0; t < T; t++) to->token[T * A + t] = t, to->factor[T * A + t] = 1.0f;
+    }
+    to->begin[to->groups] = rows;
+    free(next);
+    return fits;
+}
+
+// gate = the weighted SwiGLU of n products, which are rounded first.
+static void activate(float *restrict gate, const float *restrict up, long n, float limit, float factor,
+                     int is_bfloat16) {
+    for (long i = 0; i < n; i++) {
+        float a = rounded(gate[i], is_bfloat16), b = rounded(up[i], is_bfloat16);
+        a = a > limit ? limit : a;
+        b = b > limit ? limit : b;
+        b = b < -limit ? -limit : b;
+        gate[i] = a * sigmoid(a) * b * factor;
+    }
+}
+
+// Columns f0 .. f1 of the hidden rows of one group.
+static void hide(void *hidden, const Groups *by, long g, long f0, long f1, long D, long F, Matrix x, const void *w1,
+                 const void *w3, int w_is_bfloat16, float limit) {
+    float gate[TOKENS * SPAN], up[TOKENS * SPAN];
+    for (long row = by->begin[g]; row < by->begin[g + 1]; row += TOKENS) {
+        long count = by->begin[g + 1] - row < TOKENS ? by->begin[g + 1] - row : TOKENS;
+        x.pick = by->token + row;
+        dsv4_products(gate, SPAN, x, count, from_row(rows_of(w1, D, w_is_bfloat16), f0), f1 - f0, D, 1);
+        dsv4_products(up, SPAN, x, count, from_row(rows_of(w3, D, w_is_bfloat16), f0), f1 - f0, D, 1);
+        for (long i = 0; i < count; i++) {
+            activate(gate + i * SPAN, up + i * SPAN, f1 - f0, limit, by->factor[row + i], x.is_bfloat16);
+            write_row(hidden, (row + i) * F + f0, gate + i * SPAN, f1 - f0, x.is_bfloat16);
+        }
+    }
+}
+
+// total [n] += a row, rounded first.
+static void add(float *restrict total, const float *restrict y, long n, int is_bfloat16) {
+    for (long i = 0; i < n; i++) total[i] += rounded(y[i], is_bfloat16);
+}
+
+// x: [T, D]; chosen: [T, A]; weights: [T, A]. w1, w2 and w3 hold an address for each of E experts: [F, D], [D, F] and
+// [F, D], and with ``shared`` one more, of the expert of all tokens. out: [T, D] float32, each token's experts added in
+// the order of its choices; with ``shared``, in the dtype of x, that expert added last and the sum rounded once.
+// A choice outside 0 .. E - 1 only sets wrong.
+void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int w_is_bfloat16, int shared, int threads,
+                  float limit, const void *x, const int64_t *chosen, const float *weights, const void *const *w1,
+                  const void *const *w2, const void *const *w3, void *out, long *wrong) {
+    Groups by;
+    *wrong = !group(&by, T, A, E, chosen, weights, shared);
+    if (*wrong) {
+        free(by.expert);
+        return;
+    }
+    long rows = T * (A + shared), size = x_is_bfloat16 ? 2 : 4, parts = (F + SPAN - 1) / SPAN;
+    long items = by.groups * parts, run = T <= FEW ? (items + threads - 1) / threads : 1;
+    long width = T <= FEW ? whole((D + threads - 1) / threads) : SPAN_BACK, out_is_bfloat16 = shared && x_is_bfloat16;
+    void *hidden = malloc(rows * F * size);
+    if (!hidden) abort();
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic, run)
+        for (long item = 0; item < items; item++) {
+            long g = item / parts, f0 = item % parts * SPAN, e = by.expert[g];
+            hide(hidden, &by, g, f0, f0 + SPAN < F ? f0 + SPAN : F, D, F, rows_of(x, D, x_is_bfloat16), w1[e], w3[e],
+                 w_is_bfloat16, limit);
+        }
+        float *y = malloc(4 * (rows + 1) * width), *total = y + rows * width;
+        if (!y) abort();
+#pragma omp for schedule(dynamic)
+        for (long d0 = 0; d0 < D; d0 += width) {
+            long n = D - d0 < width ? D - d0 : width;
+            for (long g = 0; g < by.groups; g++) {
+                Matrix w = from_row(rows_of(w2[by.expert[g]], F, w_is_bfloat16), d0);
+                Matrix h = from_row(rows_of(hidden, F, x_is_bfloat16), by.begin[g]);
+                dsv4_products(y + by.begin[g] * width, width, h, by.begin[g + 1] - by.begin[g], w, n, F, 1);
+            }
+            for (long t = 0; t < T; t++) {
+                memset(total, 0, 4 * n);
+                for (long a = 0; a < A; a++) add(total, y + by.row[t * A + a] * width, n, x_is_bfloat16);
+                if (shared) add(total, y + (T * A + t) * width, n, x_is_bfloat16);
+                write_row(out, t * D + d0, total, n, out_is_bfloat16);
+            }
+        }
+        free(y);
+    }
+    free(hidden);
+    free(by.expert);
+}
