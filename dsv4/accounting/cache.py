@@ -69,32 +69,44 @@ def bytes_per_token(config: ModelConfig, cache_format: CacheFormat) -> Fraction:
     return Fraction(entry_bytes(config, cache_format, RATIO["hca"]), RATIO["hca"])
 
 
-def window_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
-    """Return the bytes of one sequence's window rings."""
+def window_bytes(config: ModelConfig, cache_format: CacheFormat, spare: int = 0) -> int:
+    """Return the bytes of one sequence's window rings, of ``spare`` rows more than the window each."""
     num_rings = config.num_layers + len(config.mtp_kinds)
-    return num_rings * config.attention.window * row_bytes(config, cache_format)
+    return num_rings * (config.attention.window + spare) * row_bytes(config, cache_format)
 
 
-def tail_bytes(config: ModelConfig) -> int:
+def tail_bytes(config: ModelConfig, spare: int = 0) -> int:
     """Return the bytes of one sequence's compressor tails: projection and gate of each waiting token, in F32.
 
     HCA waits for up to 128 tokens of K channels. CSA holds the last block beside the one in progress, 8 tokens
-    of 2 K channels, and the indexer's compressor as many of 2 J.
+    of 2 K channels, and the indexer's compressor as many of 2 J. Each has room for ``spare`` tokens more.
     """
     K, J = config.attention.head_dim, config.indexer.head_dim
-    hca = config.layer_kinds.count("hca") * RATIO["hca"] * K
-    csa = config.layer_kinds.count("csa") * 2 * RATIO["csa"] * 2 * (K + J)
+    hca = config.layer_kinds.count("hca") * (RATIO["hca"] + spare) * K
+    csa = config.layer_kinds.count("csa") * (2 * RATIO["csa"] + spare) * 2 * (K + J)
     return 2 * TAIL_BYTES * (hca + csa)
 
 
-def state_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
+def state_bytes(config: ModelConfig, cache_format: CacheFormat, spare: int = 0) -> int:
     """Return the bytes one sequence holds whatever its length: rings and tails."""
-    return window_bytes(config, cache_format) + tail_bytes(config)
+    return window_bytes(config, cache_format, spare) + tail_bytes(config, spare)
+
+
+def engine_bytes(
+    config: ModelConfig, cache_format: CacheFormat, *, num_slots: int, num_pages: int, spare: int = 0
+) -> int:
+    """Return all bytes of an engine's cache: slots, and pages of 128 tokens."""
+    return num_slots * state_bytes(config, cache_format, spare) + num_pages * page_bytes(config, cache_format)
 
 
 def cache_bytes(config: ModelConfig, cache_format: CacheFormat, context: int) -> int:
     """Return all cache bytes of one sequence of ``context`` tokens."""
     return entry_bytes(config, cache_format, context) + state_bytes(config, cache_format)
+
+
+def page_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
+    """Return the bytes of a page: the entries of 128 tokens of one sequence in all layers."""
+    return entry_bytes(config, cache_format, RATIO["hca"])
 
 
 def gqa_bytes_per_token(num_layers: int) -> int:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
+from dsv4.model import cached
+from dsv4.model.cache import LayerCache
 from dsv4.model.call import Call
 from dsv4.model.linear import Linear, Norm
 from dsv4.model.record import IndexerRequest, LayerRecord
@@ -115,9 +117,11 @@ class Attention(nn.Module):
             self.indexer = Indexer(config, dtype)
 
     def forward(
-        self, x: torch.Tensor, call: Call, state: LayerState | None, record: LayerRecord | None
+        self, x: torch.Tensor, call: Call, state: LayerState | LayerCache | None, record: LayerRecord | None
     ) -> torch.Tensor:
         """x: [B, T, D], normalised; returns [B, T, D]."""
+        if isinstance(state, LayerCache):
+            return cached.attention(self, x, call, state)
         rotation = call.token_rotation[self.kind]
         q_low = rmsnorm(self.wq_a(x), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
         q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]

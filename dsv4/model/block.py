@@ -7,6 +7,7 @@ from torch import nn
 
 from dsv4.config.model import LayerKind, ModelConfig
 from dsv4.model.attention import Attention
+from dsv4.model.cache import LayerCache
 from dsv4.model.call import Call
 from dsv4.model.linear import Norm
 from dsv4.model.moe import MoE
@@ -34,7 +35,7 @@ class Block(nn.Module):
         self.ffn = MoE(config, is_hash, dtype)
 
     def forward(
-        self, streams: torch.Tensor, call: Call, state: LayerState | None, record: LayerRecord | None
+        self, streams: torch.Tensor, call: Call, state: LayerState | LayerCache | None, record: LayerRecord | None
     ) -> torch.Tensor:
         """streams: [B, T, N, D]; returns the same shape."""
         mix = mhc.Mix(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -10,6 +11,8 @@ from dsv4.config.model import RATIO, LayerKind, ModelConfig
 from dsv4.model.rows import Rows
 from dsv4.ops import rope
 from dsv4.ops.backend import Backend
+from dsv4.ops.places import Places
+from dsv4.ops.rows import RowFormat
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, [B, T, R / 2] float32 each."""
@@ -17,7 +20,10 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """token_ids: [B, T] int64. dense: CSA attends to every visible entry instead of the indexer's picks."""
+    """token_ids: [B, T] int64. dense: CSA attends to every visible entry instead of the indexer's picks.
+
+    places, row_format: of a call over an engine's cache, else None.
+    """
 
     token_ids: torch.Tensor
     rows: Rows
@@ -25,23 +31,15 @@ class Call:
     entry_rotation: dict[LayerKind, Rotation]
     backend: Backend
     dense: bool
+    places: Places | None = None
+    row_format: RowFormat | None = None
 
 
 def make_call(
     config: ModelConfig, token_ids: torch.Tensor, rows: Rows, *, backend: Backend = "portable", dense: bool = False
 ) -> Call:
     """Form the rotations of a call: one table for window layers, one for CSA and HCA (report 2.3.3)."""
-    r = config.rope
-    dims = config.attention.rotary_dims
-    plain = rope.frequencies(dims, r.theta).to(token_ids.device)
-    compressed = rope.frequencies(
-        dims,
-        r.compress_theta,
-        factor=r.factor,
-        original_context=r.original_context,
-        beta_fast=r.beta_fast,
-        beta_slow=r.beta_slow,
-    ).to(token_ids.device)
+    plain, compressed = (f.to(token_ids.device) for f in _frequencies(config))
     of_window = rope.angles(rows.positions, plain)
     of_compressed = rope.angles(rows.positions, compressed)
     entry_rotation: dict[LayerKind, Rotation] = {
@@ -57,3 +55,50 @@ def make_call(
         backend=backend,
         dense=dense,
     )
+
+
+def make_cached_call(
+    config: ModelConfig, token_ids: torch.Tensor, places: Places, row_format: RowFormat, *, backend: Backend
+) -> Call:
+    """Form the rotations of a step over an engine's cache; token_ids: [1, T] int64."""
+    plain, compressed = (f.to(token_ids.device) for f in _kept_frequencies(config))
+    positions = places.position[None]
+    of_compressed = rope.angles(positions, compressed, backend=backend)
+    entry_rotation: dict[LayerKind, Rotation] = {}
+    for kind in ("csa", "hca"):
+        if RATIO[kind] in places.closing:
+            last = places.position[places.closing[RATIO[kind]].token.long()]
+            entry_rotation[kind] = rope.angles((last + 1 - RATIO[kind])[None], compressed, backend=backend)
+    return Call(
+        token_ids=token_ids,
+        rows=Rows(positions=positions, raw_begin=torch.zeros_like(positions), blocks={}),
+        token_rotation={
+            "window": rope.angles(positions, plain, backend=backend), "csa": of_compressed, "hca": of_compressed,
+        },
+        entry_rotation=entry_rotation,
+        backend=backend,
+        dense=False,
+        places=places,
+        row_format=row_format,
+    )  # fmt: skip
+
+
+def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles per position of window layers, and of CSA and HCA."""
+    r, dims = config.rope, config.attention.rotary_dims
+    plain = rope.frequencies(dims, r.theta)
+    compressed = rope.frequencies(
+        dims,
+        r.compress_theta,
+        factor=r.factor,
+        original_context=r.original_context,
+        beta_fast=r.beta_fast,
+        beta_slow=r.beta_slow,
+    )
+    return plain, compressed
+
+
+@cache
+def _kept_frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, formed once for all steps of an engine."""
+    return _frequencies(config)

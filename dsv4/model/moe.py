@@ -13,7 +13,8 @@ from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
 from dsv4.ops import route
 from dsv4.ops.balance import balance
-from dsv4.ops.experts import experts, swiglu
+from dsv4.ops.experts import experts, experts_with_shared, swiglu
+from dsv4.ops.linear import linear
 
 
 class Router(nn.Module):
@@ -38,6 +39,12 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, D], T counting all rows' tokens; returns experts [T, A] int64 and weights [T, A] float32."""
+        if call.places is not None:
+            chosen = None if self.tid2eid is None else self.tid2eid[call.token_ids.flatten()]
+            logits = linear(x, self.weight, wide=True, backend=call.backend)  # [T, E]
+            return route.route(
+                logits, self.bias, chosen, self.experts_per_token, self.routed_scale, backend=call.backend
+            )
         affinities = route.affinity(wide_linear(x, self.weight), backend=call.backend)  # [T, E]
         chosen = self._choose(affinities, call) if record is None or record.forced is None else record.forced
         if record is not None:
@@ -103,6 +110,10 @@ class MoE(nn.Module):
         """x: [B, T, D], normalised; returns [B, T, D]."""
         flat = x.flatten(0, 1)  # [B * T, D]
         chosen, weights = self.gate(flat, call, record)
-        w = self.experts
+        w, shared = self.experts, self.shared_experts
+        if call.places is not None:
+            own = (shared.w1.weight, shared.w2.weight, shared.w3.weight)
+            y = experts_with_shared(flat, chosen, weights, (w.w1, w.w2, w.w3), own, self.limit, backend=call.backend)
+            return y.view(x.shape)
         routed = experts(flat, chosen, weights, w.w1, w.w2, w.w3, self.limit, backend=call.backend)
-        return (routed + self.shared_experts(flat, call)).to(x.dtype).view(x.shape)
+        return (routed + shared(flat, call)).to(x.dtype).view(x.shape)

@@ -12,12 +12,15 @@ from torch import nn
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
 from dsv4.model import rows
 from dsv4.model.block import Block
-from dsv4.model.call import Call, make_call
+from dsv4.model.cache import Cache
+from dsv4.model.call import Call, make_cached_call, make_call
 from dsv4.model.linear import Linear, Norm
 from dsv4.model.record import LayerRecord, check_records
 from dsv4.model.state import State
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend, BackendChoice, check_backend, resolve
+from dsv4.ops.linear import linear
+from dsv4.ops.places import Places
 from dsv4.ops.rmsnorm import rmsnorm
 
 
@@ -157,6 +160,36 @@ class Transformer(nn.Module):
             state.length, state.is_whole = state.length + T, True
         return streams, call
 
+    def step(self, token_ids: torch.Tensor, cache: Cache, places: Places) -> torch.Tensor:
+        """Advance sequences of an engine's cache; return the streams after the last layer, [1, T, N, D].
+
+        token_ids: [T] int64, the tokens that ``places`` places. Nothing is checked here: the engine has.
+        """
+        call = make_cached_call(
+            self.config, token_ids[None], places, cache.row_format, backend=resolve(self.backend, token_ids.device)
+        )
+        embedded = self.embed(call.token_ids).to(self.activation_dtype)  # [1, T, D]
+        streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [1, T, N, D]
+        for layer, part in zip(self.layers, cache.layers, strict=False):
+            streams = layer(streams, call, part, None)
+        return streams
+
+    def mtp_step(
+        self, streams: torch.Tensor, next_ids: torch.Tensor, cache: Cache, places: Places
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advance the MTP block: return its streams [1, T, N, D] and what the head reads, [1, T, D].
+
+        streams: [1, T, N, D] of the placed tokens; next_ids: [T] int64, the token after each. Position i predicts
+        token i + 2. The streams returned stand in for those of the next tokens when predictions are chained.
+        """
+        block = self.mtp[0]
+        assert isinstance(block, MTP)
+        backend = resolve(self.backend, next_ids.device)
+        call = make_cached_call(self.config, next_ids[None], places, cache.row_format, backend=backend)
+        joined = block.join(streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
+        streams = block(joined, call, cache.layers[len(self.layers)], None)
+        return streams, _fold(block, self.config, streams, backend)
+
     def hidden(self, streams: torch.Tensor) -> torch.Tensor:
         """Fold and normalise the streams: what the head reads, [B, T, D]."""
         return _fold(self, self.config, streams, resolve(self.backend, streams.device))
@@ -191,6 +224,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., D]; returns [..., V] float32, multiplied in float32."""
         return self.head(hidden.float())
+
+    def step_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same for an engine's step, in the fixed order of its kernels: hidden [n, D], returns [n, V] float32."""
+        return linear(hidden, self.head.weight, wide=True, backend=resolve(self.backend, hidden.device))
 
     def _check_records(
         self, records: Sequence[LayerRecord], num_layers: int, tokens: tuple[int, int], has_state: bool
