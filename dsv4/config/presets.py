@@ -1,4 +1,5 @@
-"""The models this package knows by name: the four released ones, two small ones to train and a tiny one to test.
+"""The models this package knows by name: the four released ones, two small ones to train, a tiny one to test, and two
+whose weights do not matter, to measure the engine.
 
 A preset is a plain function that returns a whole ``ModelConfig``; a variant is a ``replace`` of another.
 The layer pattern is written out as data, in the order of the released ``compress_ratios``.
@@ -26,6 +27,7 @@ PRO_LAYERS: tuple[LayerKind, ...] = ("hca", "hca", *(PAIR * 29), "csa")  # 61
 MINI_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa", "hca", "csa", "hca", "csa")
 NANO_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa")
 SMOKE_LAYERS: tuple[LayerKind, ...] = ("window", "window", "csa", "hca", "csa")
+BENCH_LAYERS: tuple[LayerKind, ...] = ("window", "window", *(PAIR * 3))  # 8
 
 
 def flash() -> ModelConfig:
@@ -163,6 +165,27 @@ def smoke() -> ModelConfig:
     )
 
 
+def nano_long() -> ModelConfig:
+    """Nano at a million tokens, to measure what their length costs: it was trained on 4096."""
+    return replace(nano(), max_context=1048576)
+
+
+def bench_engine() -> ModelConfig:
+    """A model of 246M parameters (MTP block apart) for ``dsv4 bench engine``, with the contexts of Flash."""
+    large = flash()
+    return replace(
+        large,
+        hidden_size=512,
+        layer_kinds=BENCH_LAYERS,
+        attention=AttentionConfig(
+            num_heads=8, head_dim=128, rotary_dims=64, q_rank=256, o_groups=4, o_rank=128, window=128
+        ),
+        indexer=IndexerConfig(num_heads=16, head_dim=64, top_k=128),
+        moe=replace(large.moe, num_experts=32, experts_per_token=4, expert_dim=256),
+        storage="bfloat16",
+    )
+
+
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "flash": flash,
     "pro": pro,
@@ -171,6 +194,8 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "mini": mini,
     "nano": nano,
     "smoke": smoke,
+    "nano-1m": nano_long,
+    "bench-engine": bench_engine,
 }
 
 

@@ -7,7 +7,18 @@ import pytest
 
 from dsv4.accounting.parameters import parameters
 from dsv4.config.model import RATIO
-from dsv4.config.presets import PRESETS, flash, flash_base, nano, preset, pro, pro_base, smoke
+from dsv4.config.presets import (
+    PRESETS,
+    bench_engine,
+    flash,
+    flash_base,
+    nano,
+    nano_long,
+    preset,
+    pro,
+    pro_base,
+    smoke,
+)
 
 
 def test_released_patterns_are_the_released_compress_ratios():
@@ -48,8 +59,22 @@ def test_smoke_is_tiny():
     assert 100_000 < parameters(smoke()).with_mtp.total < 350_000
 
 
+def test_nano_1m_is_nano_but_for_its_context():
+    assert dataclasses.replace(nano_long(), max_context=nano().max_context) == nano()
+    assert nano_long().max_context == 2**20
+
+
+def test_bench_engine_is_the_shape_of_the_benchmark():
+    config = bench_engine()
+    assert [RATIO[kind] for kind in config.layer_kinds] == [0, 0, 4, 128, 4, 128, 4, 128]
+    assert parameters(config).main.total // 10**6 == 246
+    assert config.vocab_size == 129280
+    assert config.max_context == 2**20
+
+
 def test_every_preset_is_found_by_name():
-    assert list(PRESETS) == ["flash", "pro", "flash-base", "pro-base", "mini", "nano", "smoke"]
+    released, ours = ["flash", "pro", "flash-base", "pro-base"], ["mini", "nano", "smoke", "nano-1m", "bench-engine"]
+    assert list(PRESETS) == released + ours
     for name, make in PRESETS.items():
         assert preset(name) == make()
 

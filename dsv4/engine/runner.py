@@ -1,0 +1,133 @@
+"""The tensor side of a step: plans become one forward over the cache, and states move between slots and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsv4.engine.step import Entry
+from dsv4.model.cache import Cache
+from dsv4.model.transformer import Transformer
+
+State = list[torch.Tensor]
+
+
+class Forward(NamedTuple):
+    """What a step computed.
+
+    streams: [1, T, N, D] of all tokens, flat. begins: where each entry's tokens begin. logits: of each entry that
+    samples, [1 + drafts, V] float32, the rows after its last known token and after each draft; None for others.
+    """
+
+    streams: torch.Tensor
+    begins: list[int]
+    logits: list[np.ndarray | None]
+
+
+class Span(NamedTuple):
+    """Tokens of one sequence that the MTP block runs over: their slot and places, and the token after each."""
+
+    slot: int
+    position: int
+    begin: int
+    next_ids: list[int]
+
+
+class Runner:
+    """A model and its cache."""
+
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self.device = model.embed.weight.device
+        self._listed: list[tuple[int, ...]] = [()] * cache.num_slots  # pages of each slot in the table
+
+    @torch.inference_mode()
+    def run(self, entries: Sequence[Entry], token_ids: Sequence[Sequence[int]]) -> Forward:
+        """Run the entries of a plan. token_ids: of each entry, drafts included."""
+        sequences = []
+        for entry in entries:
+            slot = self._list_pages(entry)
+            sequences.append((slot, entry.begin, entry.num_tokens, entry.request.writes_from))
+        flat = torch.tensor([i for ids in token_ids for i in ids], device=self.device)
+        streams = self.model.step(flat, self.cache, self.cache.places(sequences))
+        ends = np.cumsum([entry.num_tokens for entry in entries]).tolist()
+        begins = [end - entry.num_tokens for end, entry in zip(ends, entries, strict=True)]
+        counts = [1 + entry.num_drafts if entry.samples else 0 for entry in entries]
+        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        logits: list[np.ndarray | None] = [None] * len(entries)
+        if rows:
+            found = self._logits(self.model.hidden(streams[:, rows]))
+            parts = np.split(found, np.cumsum(counts)[:-1])
+            logits = [part if count else None for part, count in zip(parts, counts, strict=True)]
+        return Forward(streams, begins, logits)
+
+    @torch.inference_mode()
+    def draft(self, streams: torch.Tensor, spans: Sequence[Span]) -> tuple[torch.Tensor, np.ndarray]:
+        """Run the MTP block over spans of a step's streams; return its streams and logits at the end of each span.
+
+        streams: [1, T, N, D], in which a span's tokens are at ``begin``. Returns [1, spans, N, D] and [spans, V].
+        """
+        rows = [span.begin + i for span in spans for i in range(len(span.next_ids))]
+        next_ids = torch.tensor([i for span in spans for i in span.next_ids], device=self.device)
+        places = self.cache.places([(span.slot, span.position, len(span.next_ids), 0) for span in spans])
+        after, hidden = self.model.mtp_step(streams[:, rows], next_ids, self.cache, places)
+        ends = (np.cumsum([len(span.next_ids) for span in spans]) - 1).tolist()
+        return after[:, ends], self._logits(hidden[:, ends])
+
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        """hidden: [1, n, D]; returns [n, V] float32."""
+        return self.model.step_logits(hidden[0]).cpu().numpy()
+
+    def _list_pages(self, entry: Entry) -> int:
+        """Write the pages of an entry's request into the table, as far as they are not there."""
+        slot = entry.request.slot
+        assert slot is not None, f"request {entry.request.id} has no slot; expected a running one"
+        pages, listed = tuple(entry.request.pages), self._listed[slot]
+        if pages != listed:
+            same = len(listed) if pages[: len(listed)] == listed else 0
+            self.cache.table[slot, same : len(pages)] = torch.tensor(pages[same:], dtype=torch.int32)
+            self._listed[slot] = pages
+        return slot
+
+    # ---- states and pages ----
+
+    def put_state(self, slot: int, state: State | None) -> None:
+        """Put a state into a slot; None empties it."""
+        self.cache.load_state(slot, state)
+
+    def state(self, slot: int) -> State:
+        """Return a copy of a slot's state."""
+        return self.cache.state(slot)
+
+    def state_payload(self, state: State) -> list[np.ndarray]:
+        """Return a state as buffers to write."""
+        return [part.contiguous().view(torch.uint8).numpy() for part in state]
+
+    def read_state(self, payload: memoryview) -> State | None:
+        """Return the state of written buffers; None if their length is not a state's."""
+        parts = self.cache.state_like()
+        if len(payload) != sum(part.nbytes for part in parts):
+            return None
+        begin = 0
+        for part in parts:
+            flat = torch.frombuffer(payload, dtype=torch.uint8, count=part.nbytes, offset=begin)
+            part.view(torch.uint8).copy_(flat.view(part.view(torch.uint8).shape))
+            begin += part.nbytes
+        return parts
+
+    def page_payload(self, page: int) -> list[np.ndarray]:
+        """Return a page's entries as buffers to write."""
+        return [part.numpy() for part in self.cache.page(page)]
+
+    def read_page(self, page: int, payload: memoryview) -> bool:
+        """Fill a page with written buffers; False if their length is not a page's."""
+        if len(payload) != self.cache.page_bytes():
+            return False
+        begin = 0
+        for part in self.cache.page(page):
+            part.copy_(torch.frombuffer(payload, dtype=torch.uint8, count=part.nbytes, offset=begin).view(part.shape))
+            begin += part.nbytes
+        return True
