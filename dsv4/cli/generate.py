@@ -1,98 +1,286 @@
-"""``dsv4 generate``: go on from a prompt with a model trained here, and print the text as it comes."""
+"""``dsv4 generate``: go on from one prompt, printed as it comes, or from many in one batch, as JSON lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dsv4.cli.models import Precision, find_model, find_tokenizer, open_model
+from dsv4.cli.prompts import Prompt, read_prompts
+from dsv4.cli.results import Result, Results, partial_of, read_partial
+from dsv4.config.engine import EngineCacheFormat, Limits, Numerics, PrefixLimits
+from dsv4.config.model import ModelConfig
+from dsv4.config.sampling import Sampling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TOKENIZER = "tokenizer.json"
+    from dsv4.engine.engine import Engine
+    from dsv4.engine.log import LoggedRequest
+    from dsv4.engine.outputs import Completion
+
+INTERRUPTED = 130  # exit code
 REPLACEMENT = "\ufffd"  # what bytes that are no text decode to, those of half a character too
+PROMPT = "prompt"  # id of the request of --prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How tokens are chosen. A line of --prompts that is JSON may say otherwise for itself."""
+
+    tokens: int = 200
+    """The most tokens to add; fewer where the document ends or the model's context does."""
+    temperature: float = 0.8
+    """Below 1 the likely tokens become likelier; 0 takes the likeliest."""
+    top_p: float = 0.95
+    """Draw from the fewest likeliest tokens that have this probability together."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the likeliest."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken off once for each time that the answer holds the token."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and answer become less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts before which the answer ends."""
+    seed: int = 0
+    """Of the draws; line n of --prompts has this one plus n - 1."""
+    logprobs: int | None = None
+    """With --prompts: also give the log-probabilities of the tokens, and of so many of the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """How the engine runs."""
+
+    precision: Precision = "float32"
+    """Of weights and activations."""
+    numerics: Numerics = "fast"
+    """invariant: the same bits, and so the same answer, whatever else is in the batch."""
+    draft_tokens: int = 0
+    """Tokens that the MTP block drafts ahead, for the model to verify."""
+    concurrency: int = 8
+    """Prompts that run at once."""
+    cache_format: EngineCacheFormat = "auto"
+    """How cached rows are stored; auto: in the precision of activations."""
+    cache_bytes: int = 2**30
+    """Memory for compressed entries at most."""
+    prefix_folder: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Keep beginnings of prompts here, and take from here those that an earlier run left."""
+    log: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write each token into this file before it is shown, so that --resume can go on after a crash."""
+
+
+CHOICE, SERVING = Choice(), Serving()
 
 
 def generate(
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")],
-    prompt: str,
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
+    prompt: str | None = None,
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    resume: bool = False,
+    choice: Annotated[Choice, tyro.conf.arg(name="")] = CHOICE,
+    serving: Annotated[Serving, tyro.conf.arg(name="")] = SERVING,
 ) -> None:
-    """Print a prompt and what a model goes on with.
+    """Print a prompt and what a model goes on with; or, for a file of prompts, a line of JSON for each.
 
     Args:
         path: the folder of a run (its finished model, or else its newest checkpoint) or a checkpoint directory.
         prompt: the text to go on from.
-        tokens: the most tokens to add; fewer where the document ends or the model's context does.
-        temperature: below 1 the likely tokens become likelier; 0 takes the likeliest.
-        top_p: draw from the fewest likeliest tokens that have this probability together.
-        seed: of the draws.
+        prompts: a file with a text to go on from on each line; if its name ends in .jsonl, a JSON object on each, with
+            "prompt" and what differs of the sampling: "max_tokens", "temperature", "seed" and so on.
+        output: write the lines of JSON into this file, when all are there, not to stdout.
+        resume: finish what --log says was unfinished, as if it had never stopped.
     """
-    import torch
+    unfinished = _check(prompt, prompts, output, resume, choice, serving)
+    sampling = Sampling(
+        max_tokens=choice.tokens,
+        **{field.name: getattr(choice, field.name) for field in fields(choice) if field.name != "tokens"},
+    )
+    wanted = [Prompt(0, prompt, sampling)] if prompt is not None else []
+    wanted = wanted if prompts is None else read_prompts(prompts, sampling)
+    if resume and not unfinished:
+        _note(f"{serving.log} holds nothing that is unfinished")
+        if output is not None and read_partial(output):
+            Results(output, [], goes_on=True).finish()
+        return
+    with _engine(path, serving, max(1, len(wanted) or len(unfinished))) as engine:
+        ids = engine.resume() if resume else _add(engine, wanted, prompts)
+        try:
+            if ids == [PROMPT] and output is None:
+                _stream(engine)
+            else:
+                _batch(engine, ids, Results(output, ids, goes_on=resume))
+        except KeyboardInterrupt:
+            _note(_stopped(output, serving.log))
+            raise SystemExit(INTERRUPTED) from None
 
-    from dsv4.checkpoint.load import load_model
-    from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, plain_text
-    from dsv4.eval import generate as decoding
+
+def _check(
+    prompt: str | None, prompts: Path | None, output: Path | None, resume: bool, choice: Choice, serving: Serving
+) -> list[LoggedRequest]:
+    """Refuse options that do not go together; return what a log says is unfinished."""
+    given = [
+        name for name, has in (("--prompt", prompt is not None), ("--prompts", prompts), ("--resume", resume)) if has
+    ]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"of --prompt, --prompts and --resume, {found} are given; expected exactly one")
+    if prompt is not None and output is not None:
+        raise ValueError(f"--output is {output} with --prompt; expected --prompts: one prompt is printed as it comes")
+    if prompt is not None and choice.logprobs is not None:
+        raise ValueError(f"--logprobs is {choice.logprobs} with --prompt; expected --prompts: text has no place for it")
+    for name, file in (("--output", output), ("--log", serving.log)):
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{name} is {file}; expected its directory to exist")
+    if prompts is not None and not prompts.is_file():
+        raise ValueError(f"--prompts is {prompts}; expected a file that exists")
+    if resume and serving.log is None:
+        raise ValueError("--resume is given without --log; expected the log that is to be resumed")
+    if resume and serving.log is not None and not serving.log.is_file():
+        raise ValueError(f"--log is {serving.log}; expected a file that exists, to resume from")
+    changed = [f.name for f in fields(choice) if getattr(choice, f.name) != getattr(CHOICE, f.name)]
+    if resume and changed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise ValueError(
+            f"{names} and --resume are given; expected none of the first: the log has how tokens are chosen"
+        )
+    return [] if serving.log is None else _unfinished(serving.log, resume)
+
+
+def _unfinished(log: Path, resume: bool) -> list[LoggedRequest]:
+    from dsv4.engine.log import recover
+
+    found = recover(log)
+    if found and not resume:
+        raise ValueError(
+            f"--log is {log}, which holds {len(found)} unfinished; expected --resume to finish them, or another file"
+        )
+    return found
+
+
+def _engine(path: Path, serving: Serving, num_prompts: int) -> Engine:
+    from dsv4.cli.process import keep_freed_memory
+    from dsv4.config.load import load_config
+    from dsv4.data.tokenizer import check_tokenizer, load_tokenizer
+    from dsv4.engine.engine import Engine
 
     directory = find_model(path)
     tokenizer = load_tokenizer(str(find_tokenizer(directory)))
-    model = load_model(directory)
-    check_tokenizer(tokenizer, model.config)
-    accelerator = torch.accelerator.current_accelerator()
-    token_ids = decoding.generate(
-        model if accelerator is None else model.to(accelerator),
-        [model.config.bos_token_id, *plain_text(tokenizer).encode(prompt).ids],
-        num_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed, stop_ids={model.config.eos_token_id},
+    config = load_config(directory)
+    check_tokenizer(tokenizer, config)
+    limits = _limits(config, serving, num_prompts)
+    keep_freed_memory()
+    return Engine(open_model(directory, serving.precision), limits, tokenizer=tokenizer)
+
+
+def _limits(config: ModelConfig, serving: Serving, num_prompts: int) -> Limits:
+    """The engine's limits: no more memory for pages than so many prompts can fill."""
+    from dsv4.accounting.cache import page_bytes
+    from dsv4.engine.pages import pages_of
+
+    slots = min(serving.concurrency, num_prompts)
+    row_format = serving.precision if serving.cache_format == "auto" else serving.cache_format
+    most = slots * pages_of(config.max_context) * page_bytes(config, row_format)
+    return Limits(
+        max_requests=slots, cache_bytes=min(serving.cache_bytes, max(1, most)), cache_format=serving.cache_format,
+        numerics=serving.numerics, draft_tokens=serving.draft_tokens,
+        prefix=PrefixLimits(folder=None if serving.prefix_folder is None else str(serving.prefix_folder)),
+        log=None if serving.log is None else str(serving.log),
     )  # fmt: skip
-    print(prompt, end="", flush=True)
-    for piece in pieces(tokenizer, token_ids):
-        print(piece, end="", flush=True)
+
+
+def _add(engine: Engine, wanted: list[Prompt], prompts: Path | None) -> list[str]:
+    """Add all prompts, or none: what cannot run is told before anything does."""
+    ids: list[str] = []
+    for one in wanted:
+        try:
+            ids.append(engine.add(one.text, one.sampling, id=f"line-{one.line}" if prompts else PROMPT))
+        except ValueError as error:
+            for id in ids:
+                engine.cancel(id)
+            raise ValueError(f"{prompts}, line {one.line}: {error}" if prompts else str(error)) from error
+    return ids
+
+
+def _stream(engine: Engine) -> None:
+    """Print the prompt and what comes, as it comes."""
+    so_far = engine.completion(PROMPT)
+    print(_text(engine, so_far.prompt_ids) + so_far.text, end="", flush=True)
+    while not engine.is_idle:
+        for piece in engine.step():
+            # A character that was begun and not finished is left out.
+            text = piece.text if piece.finish is None else piece.text.rstrip(REPLACEMENT)
+            print(text, end="", flush=True)
     print()
 
 
-def find_model(path: Path) -> Path:
-    """Return the directory of the model that ``path`` stands for; a ValueError says what is missing."""
-    from dsv4.checkpoint.training import MODEL, list_checkpoints
-
-    if (path / MODEL / "config.json").is_file():
-        return path / MODEL
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if checkpoints:
-        return checkpoints[-1].path / MODEL
-    if any(path.glob("*.safetensors")):
-        return path
-    raise ValueError(
-        f"path is {path}, which holds no model; expected a run with {MODEL}/ or checkpoints/step-..., or a directory "
-        "with config.json and safetensors files"
-    )
-
-
-def find_tokenizer(model: Path) -> Path:
-    """Return the tokenizer.json in a model's directory or, failing that, in the data of the run it is of."""
-    model = model.resolve()
-    run = model.parents[2] if model.parent.parent.name == "checkpoints" else model.parent
-    places = (model, run / "data")
-    for place in places:
-        if (place / TOKENIZER).is_file():
-            return place / TOKENIZER
-    raise ValueError(f"{TOKENIZER} is missing; expected it in {' or '.join(map(str, places))}")
+def _batch(engine: Engine, ids: list[str], results: Results) -> None:
+    """Run all to their ends, with a bar on stderr, and write what came out."""
+    lines_are_seen = results.path is None and sys.stdout.isatty()
+    progress = Progress(
+        TextColumn("{task.completed} of {task.total} prompts"), BarColumn(bar_width=20),
+        TextColumn("{task.fields[tokens]:,} tokens"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=Console(stderr=True), redirect_stdout=False, disable=lines_are_seen,
+    )  # fmt: skip
+    num_tokens = sum(len(engine.completion(id).token_ids) for id in ids)
+    try:
+        with progress:
+            task = progress.add_task("", total=len(ids), tokens=num_tokens)
+            while not engine.is_idle:
+                for piece in engine.step():
+                    num_tokens += len(piece.token_ids)
+                    if piece.finish is not None:
+                        results.add(_result(engine, engine.take(piece.id)))
+                        progress.advance(task)
+                progress.update(task, tokens=num_tokens)
+        results.finish()
+    finally:
+        results.close()
 
 
-def pieces(tokenizer: Tokenizer, token_ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of byte-level tokens as it comes, whole characters only.
+def _result(engine: Engine, completion: Completion) -> Result:
+    result: Result = {
+        "id": completion.id,
+        "prompt": _text(engine, completion.prompt_ids),
+        "text": completion.text,
+        "finish": completion.finish,
+        "token_ids": completion.token_ids,
+        "num_prompt_tokens": len(completion.prompt_ids),
+        "num_cached": completion.num_cached,
+    }
+    if engine.limits.draft_tokens:
+        result |= {"num_drafted": completion.num_drafted, "num_accepted": completion.num_accepted}
+    if completion.logprobs:
+        result["logprobs"] = [{"chosen": one.chosen, "top": one.top} for one in completion.logprobs]
+    return result
 
-    A character may span tokens: it is held back until its last byte, and dropped if that never comes.
-    """
-    held: list[int] = []
-    for token_id in token_ids:
-        held.append(token_id)
-        text = tokenizer.decode(held)
-        if not text.endswith(REPLACEMENT):
-            yield text
-            held = []
-    yield tokenizer.decode(held).rstrip(REPLACEMENT)
+
+def _text(engine: Engine, prompt_ids: list[int]) -> str:
+    """The text of a prompt, which comes after the token that begins a document."""
+    tokenizer: Tokenizer | None = engine.tokenizer
+    assert tokenizer is not None
+    return tokenizer.decode(prompt_ids[1:], skip_special_tokens=False)
+
+
+def _stopped(output: Path | None, log: Path | None) -> str:
+    parts = ["stopped"]
+    if output is not None and partial_of(output).is_file():
+        parts.append(f"what was finished is in {partial_of(output)}")
+    if log is not None:
+        parts.append(f"--log {log} --resume goes on{'' if output is None else f', with --output {output}'}")
+    return "; ".join(parts)
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import tyro
 from rich.console import Console
 
+from dsv4.cli.bench import bench
 from dsv4.cli.efficiency import efficiency
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
@@ -23,20 +24,22 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "report": report,
     "generate": generate,
+    "bench": bench,
 }
+
+OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "bench": bench}
+"""Verbs that read their arguments themselves: the options of ``train`` are the fields of the recipe that it names, and
+``bench`` has verbs of its own."""
 
 USER_ERROR = 2  # exit code; tyro's own for a wrong option is 2 as well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code. What the user did wrong is printed in red, without a traceback.
-
-    The options of ``train`` are the fields of the recipe it names, so it reads its arguments itself.
-    """
+    """Run one verb and return the exit code. What the user did wrong is printed in red, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["train"]:
-            train(arguments[1:])
+        if arguments and arguments[0] in OWN_ARGUMENTS:
+            OWN_ARGUMENTS[arguments[0]](arguments[1:])
             return 0
         tyro.extras.subcommand_cli_from_dict(
             VERBS,

@@ -25,13 +25,13 @@ def check_plot(path: Path) -> None:
         raise ValueError(f"--plot is {path}; expected a name that ends in .svg or .png")
     if not path.parent.is_dir():
         raise ValueError(f"--plot is {path}; expected its directory to exist")
-    _new_figure()
+    new_figure()
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows into an .svg or .png file, written beside and renamed. The same rows give the same bytes."""
     check_plot(path)
-    figure = _new_figure()
+    figure = new_figure()
     left, right = figure.subplots(1, 2)
     contexts = [row.context for row in rows]
     last = rows[-1]
@@ -59,7 +59,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         },
         {"V4-Pro": last.kv_share(last.pro), "V4-Flash": last.kv_share(last.flash)},
     )
-    write_then_rename(path, lambda partial: _save(figure, partial, path.suffix.removeprefix(".")))
+    write_then_rename(path, lambda partial: save_figure(figure, partial, path.suffix.removeprefix(".")))
 
 
 def _panel(
@@ -110,7 +110,8 @@ def _spread(heights: dict[str, float], gap: float) -> dict[str, float]:
     return result
 
 
-def _new_figure() -> Figure:
+def new_figure() -> Figure:
+    """Return an empty figure; a ValueError names the extra if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -122,7 +123,8 @@ def _new_figure() -> Figure:
     return Figure(figsize=(11, 4.4), layout=layout, facecolor="white")
 
 
-def _save(figure: Figure, path: Path, suffix: str) -> None:
+def save_figure(figure: Figure, path: Path, suffix: str) -> None:
+    """Write a figure as ``svg`` or ``png``, without the date."""
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "dsv4", "svg.fonttype": "none"}):

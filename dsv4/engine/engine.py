@@ -194,8 +194,8 @@ class Engine:
             piece, is_stopped = running.take(tokens, logits)
             events += self.scheduler.advance(entry, piece.token_ids, is_stopped=is_stopped)
             pieces.append(piece)
+        self.drafts.make(plan.entries, forward)  # before states are copied: they hold the MTP block's ring too
         self._act(events)
-        self.drafts.make(plan.entries, forward)
         return self._tell(pieces)
 
     def _token_ids(self, entry: Entry) -> list[int]:
@@ -243,9 +243,7 @@ class Engine:
 
     def _keep(self, keep: KeepState) -> None:
         """Copy the state of a slot to where it is wanted."""
-        slot = keep.request.slot
-        assert slot is not None, f"request {keep.request.id} has no slot; expected a running one"
-        state = self.runner.state(slot)
+        state = self.runner.state(keep.slot)
         if keep.in_memory and self.prefix is not None:
             self.prefix.keep_state(keep.digest, state, sum(part.nbytes for part in state))
         if keep.in_folder and self.folder is not None:

@@ -36,7 +36,7 @@ def test_help_of_a_verb_is_plain(capsys):
     [
         (
             ["inspect", "flsh"],
-            "error: preset is 'flsh'; expected one of flash, pro, flash-base, pro-base, mini, nano, smoke;",
+            "error: preset is 'flsh'; expected one of flash, pro, flash-base, pro-base, mini, nano, smoke, nano-1m, ",
         ),
         (["inspect", "nano", "--context", "4097"], "error: --context is 4097; expected 1 to 4096,"),
         (["inspect", "nano", "--context", "0"], "error: --context is 0; expected 1 to 4096,"),

@@ -1,0 +1,24 @@
+"""``dsv4 bench``: measurements of the engine on this machine, one verb each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from dsv4.cli.bench_cache import bench_cache
+from dsv4.cli.bench_context import bench_context
+from dsv4.cli.bench_engine import bench_engine
+
+BENCHES: dict[str, Callable[..., None]] = {"engine": bench_engine, "cache": bench_cache, "context": bench_context}
+
+
+def bench(argv: Sequence[str]) -> None:
+    """Measure the engine: engine (speed and memory), cache (prefixes on disk), context (cost of length)."""
+    tyro.extras.subcommand_cli_from_dict(
+        BENCHES,
+        prog="dsv4 bench",
+        description="Measure the engine on this machine.",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
