@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo ablations recall bench-cpu bench-train numbers golden clean
+.PHONY: test check demo ablations recall bench-cpu bench-train bench-engine numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -45,6 +45,9 @@ recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens 
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
 	$(BIN)/python bench/train_cpu.py --json bench/results/train_cpu.json
+
+bench-engine: .venv/ready  ## the engine on 246M parameters: prefill, decode, times, memory; two minutes
+	$(BIN)/dsv4 bench engine --prompt-tokens 512 4096 16384 --concurrency 1 8 --json bench/results/engine_cpu.json
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache

@@ -1,13 +1,17 @@
-"""The Python of docs/engine.md runs, on a small model in the place of the demo's."""
+"""The Python of docs/engine.md runs, on a small model in the place of the demo's; its table is the committed result."""
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 import dsv4
 from dsv4.config.presets import smoke
 from dsv4.model.init import new_model
 
-TEXT = (Path(dsv4.__file__).parent.parent / "docs" / "engine.md").read_text(encoding="utf-8")
+ROOT = Path(dsv4.__file__).parent.parent
+TEXT = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
 
 
 def test_the_python_block_runs(monkeypatch, capsys):
@@ -24,3 +28,19 @@ def test_the_python_block_runs(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert all(line.split()[0] in ("stop", "length") for line in lines)
+
+
+RESULT = json.loads((ROOT / "bench" / "results" / "engine_cpu.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", RESULT["cases"], ids=lambda c: f"{c['prompt_tokens']} x {c['concurrency']}")
+def test_the_table_is_the_result(case):
+    speeds = f"{case['prefill_tokens_per_s']:,.0f} | {case['decode_tokens_per_s']:,.1f}"
+    memory = f"{case['peak_memory_bytes'] / 2**30:.2f} GiB"
+    assert f"| {case['prompt_tokens']:,} | {case['concurrency']} | {speeds} | {memory} |" in TEXT
+    assert case["cache_used_bytes"] == case["cache_predicted_bytes"]
+
+
+def test_machine_and_date_are_named():
+    assert RESULT["machine"] in TEXT
+    assert RESULT["date"] in TEXT
