@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+
+from dsv4.ops.linear import linear
 
 
 class Linear(nn.Module):
@@ -19,33 +20,8 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
-        """The same map with a float32 result."""
-        return wide_linear(x, self.weight)
-
-
-def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T multiplied and returned in float32, where the released code widens its inputs: router and compressors.
-
-    Products of bfloat16 numbers are exact in float32, so this loses nothing of them. The gradients, which are rounded
-    to the dtype of x on their way out in any case, are multiplied in that dtype; no widened copy of x is kept.
-    """
-    return _WideLinear.apply(x, weight)
-
-
-class _WideLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight.to(wide))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        narrow = grad.to(x.dtype)
-        grad_weight = narrow.flatten(0, -2).T @ x.flatten(0, -2)
-        return narrow @ weight.to(x.dtype), grad_weight.to(weight.dtype)
+        """The same map multiplied and returned in float32, where the released code widens: router and compressors."""
+        return linear(x, self.weight, wide=True)
 
 
 class Norm(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
-from dsv4.model.linear import Linear, wide_linear
+from dsv4.model.linear import Linear
 from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
@@ -45,7 +45,7 @@ class Router(nn.Module):
             return route.route(
                 logits, self.bias, chosen, self.experts_per_token, self.routed_scale, backend=call.backend
             )
-        affinities = route.affinity(wide_linear(x, self.weight), backend=call.backend)  # [T, E]
+        affinities = route.affinity(linear(x, self.weight, wide=True), backend=call.backend)  # [T, E]
         chosen = self._choose(affinities, call) if record is None or record.forced is None else record.forced
         if record is not None:
             record.chosen = chosen
