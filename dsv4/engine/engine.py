@@ -1,7 +1,7 @@
 """Requests in, tokens out: one step after another over everything that runs.
 
-    engine = Engine(dsv4.load_model("runs/demo"))
-    for completion in engine.generate(["def ", "import "], Sampling(max_tokens=50)):
+    model, tokenizer = dsv4.load_model("runs/demo/model"), Tokenizer.from_file("runs/demo/model/tokenizer.json")
+    for completion in Engine(model, tokenizer=tokenizer).generate(["def ", "import "], Sampling(max_tokens=50)):
         print(completion.text)
 
 A step is planned (``scheduler``), run (``runner``), sampled (``sample``), logged if there is a log, and told. What a
