@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,12 @@ import torch
 from dsv4.engine.step import Entry
 from dsv4.model.cache import Cache
 from dsv4.model.transformer import Transformer
+from dsv4.native.tape import INT32, Player, as_tensor
+from dsv4.ops.backend import resolve
+from dsv4.ops.places import Arrangement
+
+MOST_PLAYED = 16  # tokens of a step that is recorded: more keep the kernels busier than Python
+MOST_TAPES = 64
 
 State = list[torch.Tensor]
 
@@ -19,7 +27,8 @@ class Forward(NamedTuple):
     """What a step computed.
 
     streams: [1, T, N, D] of all tokens, flat. begins: where each entry's tokens begin. logits: of each entry that
-    samples, [1 + drafts, V] float32, the rows after its last known token and after each draft; None for others.
+    samples, [1 + drafts, V] float32, the rows after its last known token and after each draft; None for others. They
+    may be overwritten by the next call of the head, for drafts or in the next step.
     """
 
     streams: torch.Tensor
@@ -43,6 +52,10 @@ class Runner:
         self.model, self.cache = model, cache
         self.device = model.embed.weight.device
         self._listed: list[tuple[int, ...]] = [()] * cache.num_slots  # pages of each slot in the table
+        self._play = Player(self._few, MOST_TAPES)
+        self._play_draft = Player(self._draft, MOST_TAPES)
+        self._play_head = Player(self._head, MOST_PLAYED)
+        self._plays = resolve(model.backend, self.device) == "native" and not model.experts_move
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], token_ids: Sequence[Sequence[int]]) -> Forward:
@@ -51,18 +64,33 @@ class Runner:
         for entry in entries:
             slot = self._list_pages(entry)
             sequences.append((slot, entry.begin, entry.num_tokens, entry.request.writes_from))
-        flat = torch.tensor([i for ids in token_ids for i in ids], device=self.device)
-        streams = self.model.step(flat, self.cache, self.cache.places(sequences))
-        ends = np.cumsum([entry.num_tokens for entry in entries]).tolist()
+        flat = [i for ids in token_ids for i in ids]
+        shape, numbers = self.cache.arrange(sequences)
+        inputs = array(INT32, flat + numbers)
+        ends = list(accumulate(entry.num_tokens for entry in entries))
         begins = [end - entry.num_tokens for end, entry in zip(ends, entries, strict=True)]
         counts = [1 + entry.num_drafts if entry.samples else 0 for entry in entries]
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
-        logits: list[np.ndarray | None] = [None] * len(entries)
-        if rows:
-            found = self._logits(self.model.hidden(streams[:, rows]))
-            parts = np.split(found, np.cumsum(counts)[:-1])
-            logits = [part if count else None for part, count in zip(parts, counts, strict=True)]
+        if self._plays and len(flat) <= MOST_PLAYED:
+            streams, hidden = self._play(shape, inputs)
+            hidden = hidden if len(rows) == len(flat) else hidden[:, rows]
+        else:
+            streams = self._step(shape, as_tensor(inputs).to(self.device))
+            hidden = self.model.hidden(streams[:, rows])
+        found, logits = self._logits(hidden) if rows else None, list[np.ndarray | None]()
+        for end, count in zip(accumulate(counts), counts, strict=True):
+            logits.append(found[end - count : end] if count and found is not None else None)
         return Forward(streams, begins, logits)
+
+    def _step(self, shape: Arrangement, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the streams of a step's tokens. inputs: int32, their ids, then the numbers of their places."""
+        token_ids, numbers = inputs[: shape.num_tokens], inputs[shape.num_tokens :]
+        return self.model.step(token_ids, self.cache, self.cache.places_of(shape, numbers))
+
+    def _few(self, shape: Arrangement, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for few tokens: also what the head reads of each of them."""
+        streams = self._step(shape, inputs)
+        return streams, self.model.hidden(streams)
 
     @torch.inference_mode()
     def draft(self, streams: torch.Tensor, spans: Sequence[Span]) -> tuple[torch.Tensor, np.ndarray]:
@@ -71,14 +99,29 @@ class Runner:
         streams: [1, T, N, D], in which a span's tokens are at ``begin``. Returns [1, spans, N, D] and [spans, V].
         """
         rows = [span.begin + i for span in spans for i in range(len(span.next_ids))]
-        next_ids = torch.tensor([i for span in spans for i in span.next_ids], device=self.device)
-        places = self.cache.places([(span.slot, span.position, len(span.next_ids), 0) for span in spans])
-        after, hidden = self.model.mtp_step(streams[:, rows], next_ids, self.cache, places)
+        shape, numbers = self.cache.arrange([(span.slot, span.position, len(span.next_ids), 0) for span in spans])
+        inputs = array(INT32, [i for span in spans for i in span.next_ids] + numbers)
+        if self._plays and len(rows) <= MOST_PLAYED:
+            after, hidden = self._play_draft(shape, streams[:, rows], inputs)
+        else:
+            after, hidden = self._draft(shape, streams[:, rows], as_tensor(inputs).to(self.device))
         ends = (np.cumsum([len(span.next_ids) for span in spans]) - 1).tolist()
         return after[:, ends], self._logits(hidden[:, ends])
 
+    def _draft(
+        self, shape: Arrangement, streams: torch.Tensor, inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the MTP block's streams, and what the head reads of them. inputs: as those of ``_step``."""
+        next_ids, numbers = inputs[: shape.num_tokens], inputs[shape.num_tokens :]
+        return self.model.mtp_step(streams, next_ids, self.cache, self.cache.places_of(shape, numbers))
+
     def _logits(self, hidden: torch.Tensor) -> np.ndarray:
         """hidden: [1, n, D]; returns [n, V] float32."""
+        if self._plays and hidden.shape[1] <= MOST_PLAYED:
+            return self._play_head(hidden.shape[1], hidden)
+        return self._head(0, hidden)
+
+    def _head(self, _: int, hidden: torch.Tensor) -> np.ndarray:
         return self.model.step_logits(hidden[0]).cpu().numpy()
 
     def _list_pages(self, entry: Entry) -> int:

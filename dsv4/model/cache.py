@@ -14,7 +14,7 @@ import torch
 
 from dsv4.accounting import cache as sizes
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
-from dsv4.ops.places import PAGE_TOKENS, Closing, Places
+from dsv4.ops.places import PAGE_TOKENS, Arrangement, Places, arrange, places_of
 from dsv4.ops.rows import RowFormat
 
 
@@ -67,6 +67,7 @@ class Cache:
         self.num_slots, self.num_pages = num_slots, num_pages
         max_pages = -(-(config.max_context if max_context is None else max_context) // PAGE_TOKENS)
         self.table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
+        self._ratios = sorted({RATIO[kind] for kind in config.layer_kinds} - {0})
         self.layers = [self._layer(kind, device) for kind in (*config.layer_kinds, *config.mtp_kinds)]
 
     def _layer(self, kind: LayerKind, device: torch.device | None) -> LayerCache:
@@ -100,17 +101,16 @@ class Cache:
         sequences: slot, position of the first token, number of tokens, and the position from which entries are
         written, of each sequence. Blocks that close before that position are in shared pages already.
         """
-        slots, begins, counts, writes = (torch.tensor(x, dtype=torch.int32) for x in zip(*sequences, strict=True))
-        repeats = counts.long()
-        firsts = (repeats.cumsum(0) - repeats).to(torch.int32)
-        slot, begin, first, write = (x.repeat_interleave(repeats) for x in (slots, begins, firsts, writes))
-        position = torch.arange(len(first), dtype=torch.int32) - first + begin
-        device = self.table.device
-        closing = {
-            ratio: Closing(_places_of(((position + 1) % ratio == 0) & (position >= write)).to(device))
-            for ratio in sorted({RATIO[kind] for kind in self.config.layer_kinds} - {0})
-        }
-        return Places(slot.to(device), position.to(device), first.to(device), self.table, closing)
+        shape, numbers = self.arrange(sequences)
+        return self.places_of(shape, torch.tensor(numbers, dtype=torch.int32, device=self.table.device))
+
+    def arrange(self, sequences: Sequence[tuple[int, int, int, int]]) -> tuple[Arrangement, list[int]]:
+        """The same in two halves: the shape of the places and their numbers."""
+        return arrange(sequences, self._ratios)
+
+    def places_of(self, shape: Arrangement, numbers: torch.Tensor) -> Places:
+        """Return the places that numbers of this shape stand for, as views of them."""
+        return places_of(shape, numbers, self.table)
 
     # ---- states: what a slot holds at a page boundary ----
 
@@ -155,8 +155,3 @@ class Cache:
     def page_bytes(self) -> int:
         """Return the bytes of one page."""
         return sum(part.nbytes for part in self.page(0))
-
-
-def _places_of(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask [T] is true: int32."""
-    return mask.nonzero()[:, 0].to(torch.int32)

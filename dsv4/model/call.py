@@ -67,11 +67,11 @@ def make_cached_call(
     entry_rotation: dict[LayerKind, Rotation] = {}
     for kind in ("csa", "hca"):
         if RATIO[kind] in places.closing:
-            last = places.position[places.closing[RATIO[kind]].token.long()]
-            entry_rotation[kind] = rope.angles((last + 1 - RATIO[kind])[None], compressed, backend=backend)
+            begins = places.closing[RATIO[kind]].begin
+            entry_rotation[kind] = rope.angles(begins[None], compressed, backend=backend)
     return Call(
         token_ids=token_ids,
-        rows=Rows(positions=positions, raw_begin=torch.zeros_like(positions), blocks={}),
+        rows=Rows(positions=positions, raw_begin=places.first[None], blocks={}),
         token_rotation={
             "window": rope.angles(positions, plain, backend=backend), "csa": of_compressed, "hca": of_compressed,
         },

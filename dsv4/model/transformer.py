@@ -14,12 +14,14 @@ from dsv4.model import rows
 from dsv4.model.block import Block
 from dsv4.model.cache import Cache
 from dsv4.model.call import Call, make_cached_call, make_call
+from dsv4.model.expert_pool import ExpertPool
 from dsv4.model.linear import Linear, Norm
 from dsv4.model.record import LayerRecord, check_records
 from dsv4.model.state import State
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend, BackendChoice, check_backend, resolve
 from dsv4.ops.linear import linear
+from dsv4.ops.lookup import lookup
 from dsv4.ops.places import Places
 from dsv4.ops.rmsnorm import rmsnorm
 
@@ -58,8 +60,10 @@ class MTP(Block):
 
     def join(self, streams: torch.Tensor, embedded: torch.Tensor, backend: Backend) -> torch.Tensor:
         """streams: [B, T, N, D]; embedded: [B, T, D], the next tokens; returns streams [B, T, N, D]."""
-        e = self.e_proj(rmsnorm(embedded, self.enorm.weight, self.eps, backend=backend))
-        return e.unsqueeze(2) + self.h_proj(rmsnorm(streams, self.hnorm.weight, self.eps, backend=backend))
+        e = rmsnorm(embedded, self.enorm.weight, self.eps, backend=backend)
+        h = rmsnorm(streams, self.hnorm.weight, self.eps, backend=backend)
+        e, h = linear(e, self.e_proj.weight, backend=backend), linear(h, self.h_proj.weight, backend=backend)
+        return e.unsqueeze(2) + h
 
 
 class Transformer(nn.Module):
@@ -93,6 +97,12 @@ class Transformer(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, weight_dtype)
         _add_head_mix(self, config.hyper_connections.streams, config.hidden_size)
         self.mtp = nn.ModuleList(MTP(config, kind, weight_dtype) for kind in config.mtp_kinds)
+        self.expert_pool: ExpertPool | None = None  # of experts that are no parameters, see expert_store
+
+    @property
+    def experts_move(self) -> bool:
+        """Whether an expert may lie elsewhere in memory at the next step."""
+        return self.expert_pool is not None
 
     def new_state(self, batch_size: int) -> State:
         """Return an empty state for ``batch_size`` sequences."""
@@ -163,13 +173,14 @@ class Transformer(nn.Module):
     def step(self, token_ids: torch.Tensor, cache: Cache, places: Places) -> torch.Tensor:
         """Advance sequences of an engine's cache; return the streams after the last layer, [1, T, N, D].
 
-        token_ids: [T] int64, the tokens that ``places`` places. Nothing is checked here: the engine has.
+        token_ids: [T] integers, the tokens that ``places`` places. Nothing is checked here: the engine has.
         """
         call = make_cached_call(
             self.config, token_ids[None], places, cache.row_format, backend=resolve(self.backend, token_ids.device)
         )
-        embedded = self.embed(call.token_ids).to(self.activation_dtype)  # [1, T, D]
-        streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [1, T, N, D]
+        copies = self.config.hyper_connections.streams
+        streams = lookup(self.embed.weight, call.token_ids, copies, backend=call.backend)  # [1, T, N, D]
+        streams = streams.to(self.activation_dtype)
         for layer, part in zip(self.layers, cache.layers, strict=False):
             streams = layer(streams, call, part, None)
         return streams

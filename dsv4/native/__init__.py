@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch._C._autograd import _profiler_enabled
@@ -34,6 +36,16 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
+
+
+class Recorder(Protocol):
+    """Something that holds the calls of kernels as they are made."""
+
+    def add(self, run: Callable[..., object], arguments: Sequence[Any], keeps: Sequence[Any]) -> None: ...
+
+
+recorders: list[Recorder] = []
+"""Those that record now."""
 
 
 class BuildError(RuntimeError):
@@ -76,17 +88,20 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def call(name: str, *arguments: torch.Tensor | float | None) -> None:
+def call(name: str, *arguments: torch.Tensor | float | ctypes.Array | ctypes._Pointer | None) -> None:
     """Run a kernel: tensors, made contiguous by the caller, go as pointers, None as null, ints as long.
 
-    Profiles show it under its name.
+    Profiles show it under its name, and a tape that records (``native/tape.py``) holds it.
     """
     run = getattr(library(), name)
+    given = [*map(_argument, arguments)]
     if not _profiler_enabled():  # telling it costs as much as a small kernel
-        run(*map(_argument, arguments))
-        return
-    with record_function(name):
-        run(*map(_argument, arguments))
+        run(*given)
+    else:
+        with record_function(name):
+            run(*given)
+    for recorder in recorders:
+        recorder.add(run, given, arguments)
 
 
 def is_bfloat16(x: torch.Tensor) -> int:
@@ -94,13 +109,15 @@ def is_bfloat16(x: torch.Tensor) -> int:
     return int(x.dtype == torch.bfloat16)
 
 
-def _argument(x: torch.Tensor | float | None) -> object:
+def _argument(x: torch.Tensor | float | ctypes.Array | ctypes._Pointer | None) -> object:
     if isinstance(x, torch.Tensor):
         assert x.is_contiguous()
         return ctypes.c_void_p(x.data_ptr())
-    if x is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_long(x) if isinstance(x, int) else ctypes.c_float(x)
+    if isinstance(x, int):
+        return ctypes.c_long(x)
+    if isinstance(x, float):
+        return ctypes.c_float(x)
+    return ctypes.c_void_p(None) if x is None else x
 
 
 def _cache_directory() -> Path:

@@ -8,23 +8,22 @@
 #define TOKENS 4 // tokens and
 #define ROWS 6   // rows of fn in one register tile of the mixes
 
-// out[t][m] = x[t] . fn[m] for TOKENS rows of x and M rows of fn, both ``width`` floats long in whole vectors.
-static void products(float *out, const float *x, const float *fn, long M, long width) {
-    for (long m0 = 0; m0 < M; m0 += ROWS) {
-        const float *row[ROWS];
-        for (int m = 0; m < ROWS; m++) row[m] = fn + (m0 + m < M ? m0 + m : M - 1) * width;
-        vec total[TOKENS][ROWS] = {0};
-        for (long d = 0; d < width; d += LANES) {
-            vec a[TOKENS];
-            for (int t = 0; t < TOKENS; t++) a[t] = load(x + t * width + d);
-            for (int m = 0; m < ROWS; m++) {
-                vec b = load(row[m] + d);
-                for (int t = 0; t < TOKENS; t++) total[t][m] += a[t] * b;
-            }
+// out[t][m] = x[t] . fn[m] for TOKENS rows of x and ROWS rows of fn from m0 on, both ``width`` floats long in whole
+// vectors.
+static void product_tile(float *out, const float *x, const float *fn, long m0, long M, long width) {
+    const float *row[ROWS];
+    for (int m = 0; m < ROWS; m++) row[m] = fn + (m0 + m < M ? m0 + m : M - 1) * width;
+    vec total[TOKENS][ROWS] = {0};
+    for (long d = 0; d < width; d += LANES) {
+        vec a[TOKENS];
+        for (int t = 0; t < TOKENS; t++) a[t] = load(x + t * width + d);
+        for (int m = 0; m < ROWS; m++) {
+            vec b = load(row[m] + d);
+            for (int t = 0; t < TOKENS; t++) total[t][m] += a[t] * b;
         }
-        for (int t = 0; t < TOKENS; t++)
-            for (int m = 0; m < ROWS && m0 + m < M; m++) out[t * M + m0 + m] = sum_lanes(total[t][m]);
     }
+    for (int t = 0; t < TOKENS; t++)
+        for (int m = 0; m < ROWS && m0 + m < M; m++) out[t * M + m0 + m] = sum_lanes(total[t][m]);
 }
 
 static float inverse_rms_of(const float *x, long width, long n, float eps) {
@@ -43,39 +42,68 @@ static void read_streams(float *u, const float *x, const float *weight, long N, 
     }
 }
 
+typedef struct {
+    long T, N, D, M, width, whole_D;
+    int is_bfloat16;
+    const void *streams;
+    const float *fn, *base, *scale, *norm_weight;
+    float norm_eps, eps;
+    void *x;
+    float *mixes, *inverse_rms, *post, *logits;
+} Read;
+
+// Read token t from its row ``wide`` and its products; ``u``: a row of scratch.
+static void read_token(const Read *to, long t, const float *wide, const float *products, float *u) {
+    long N = to->N, D = to->D, M = to->M;
+    float r = inverse_rms_of(wide, to->width, N * D, to->norm_eps), weight[MOST_STREAMS];
+    const float *base = to->base, *scale = to->scale;
+    to->inverse_rms[t] = r;
+    float *mix = to->mixes + t * M;
+    for (long m = 0; m < M; m++) mix[m] = products[m] * r;
+    for (long j = 0; j < N; j++) weight[j] = gate(mix[j] * scale[0] + base[j]) + to->eps;
+    for (long j = N; j < 2 * N && j < M; j++) to->post[t * N + j - N] = 2 * gate(mix[j] * scale[1] + base[j]);
+    for (long m = 2 * N; m < M; m++) to->logits[(m - 2 * N) * to->T + t] = mix[m] * scale[2] + base[m];
+    read_streams(u, wide, weight, N, D, D, to->is_bfloat16);
+    float s = inverse_rms_of(u, to->whole_D, D, to->norm_eps);
+    for (long d = 0; d < D; d++) u[d] = u[d] * s * to->norm_weight[d];
+    write_row(to->x, t * D, u, D, to->is_bfloat16);
+}
+
+// Read one tile of tokens, with threads that share the rows of fn.
+static void read_tile(const Read *to, long tile, int threads) {
+    long first = tile * TOKENS, count = to->T - first < TOKENS ? to->T - first : TOKENS, M = to->M, size = to->N * to->D;
+    float *wide = scratch(TOKENS * to->width), *u = scratch(to->whole_D);
+    float out[TOKENS * MOST_STREAMS * (2 + MOST_STREAMS)];
+    for (long t = 0; t < count; t++)
+        read_row(wide + t * to->width, to->streams, (first + t) * size, size, to->is_bfloat16);
+    if (threads > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (long m0 = 0; m0 < M; m0 += ROWS) product_tile(out, wide, to->fn, m0, M, to->width);
+    } else {
+        for (long m0 = 0; m0 < M; m0 += ROWS) product_tile(out, wide, to->fn, m0, M, to->width);
+    }
+    for (long t = 0; t < count; t++) read_token(to, first + t, wide + t * to->width, out + t * M, u);
+    free(wide);
+    free(u);
+}
+
 // fn: [M, whole(N D)], padded with zeros. Writes x [T, D], mixes [T, M] and inverse_rms [T]; around a sub-layer also
 // post [T, N] and the logits of the comb [N N, T], token last.
-void dsv4_mhc_pre(long T, long N, long D, long M, int is_bfloat16, int threads, const void *streams, const float *fn,
-                  const float *base, const float *scale, const float *norm_weight, float norm_eps, float eps, void *x,
-                  float *mixes, float *inverse_rms, float *post, float *logits) {
-    long width = whole(N * D), whole_D = whole(D);
-#pragma omp parallel num_threads(threads)
-    {
-        float *wide = scratch(TOKENS * width), *u = scratch(whole_D), out[TOKENS * MOST_STREAMS * (2 + MOST_STREAMS)];
-#pragma omp for schedule(static)
-        for (long first = 0; first < T; first += TOKENS) {
-            long count = T - first < TOKENS ? T - first : TOKENS;
-            for (long t = 0; t < count; t++)
-                read_row(wide + t * width, streams, (first + t) * N * D, N * D, is_bfloat16);
-            products(out, wide, fn, M, width);
-            for (long t = 0; t < count; t++) {
-                float r = inverse_rms_of(wide + t * width, width, N * D, norm_eps), weight[MOST_STREAMS];
-                inverse_rms[first + t] = r;
-                float *mix = mixes + (first + t) * M;
-                for (long m = 0; m < M; m++) mix[m] = out[t * M + m] * r;
-                for (long j = 0; j < N; j++) weight[j] = gate(mix[j] * scale[0] + base[j]) + eps;
-                for (long j = N; j < 2 * N && j < M; j++)
-                    post[(first + t) * N + j - N] = 2 * gate(mix[j] * scale[1] + base[j]);
-                for (long m = 2 * N; m < M; m++) logits[(m - 2 * N) * T + first + t] = mix[m] * scale[2] + base[m];
-                read_streams(u, wide + t * width, weight, N, D, D, is_bfloat16);
-                float s = inverse_rms_of(u, whole_D, D, norm_eps);
-                for (long d = 0; d < D; d++) u[d] = u[d] * s * norm_weight[d];
-                write_row(x, (first + t) * D, u, D, is_bfloat16);
-            }
-        }
-        free(wide);
-        free(u);
+void dsv4_mhc_pre(long T, long N, long D, long M, int is_bfloat16, int weight_is_bfloat16, int threads,
+                  const void *streams, const float *fn, const float *base, const float *scale, const void *norm_weight,
+                  float norm_eps, float eps, void *x, float *mixes, float *inverse_rms, float *post, float *logits) {
+    long tiles = (T + TOKENS - 1) / TOKENS;
+    float *normal = scratch(D);
+    read_row(normal, norm_weight, 0, D, weight_is_bfloat16);
+    Read to = {T, N, D, M, whole(N * D), whole(D), is_bfloat16, streams, fn, base, scale, normal, norm_eps, eps, x,
+               mixes, inverse_rms, post, logits};
+    if (tiles == 1) {
+        read_tile(&to, 0, threads);
+    } else {
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (long tile = 0; tile < tiles; tile++) read_tile(&to, tile, 1);
     }
+    free(normal);
 }
 
 // First half of the backward pass: through the normalisation and the read. Writes grad_u [T, D] float32,

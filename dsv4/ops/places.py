@@ -7,6 +7,7 @@ lies at p modulo their length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ class Closing(NamedTuple):
     """The blocks of one ratio that a step completes, in flat order.
 
     token: [C] int32, the flat index of each block's last token; its entry is ``position[token] // ratio``.
+    begin: [C] int32, the position of its first token.
     """
 
     token: torch.Tensor
+    begin: torch.Tensor
 
 
 class Places(NamedTuple):
@@ -36,3 +39,45 @@ class Places(NamedTuple):
     first: torch.Tensor
     table: torch.Tensor
     closing: dict[int, Closing]
+
+
+class Arrangement(NamedTuple):
+    """The shape of a step, by which its places lie in one list of numbers.
+
+    num_closing: blocks of each ratio, in ascending order of ratios.
+    """
+
+    num_tokens: int
+    num_closing: tuple[tuple[int, int], ...]
+
+
+def arrange(sequences: Sequence[tuple[int, int, int, int]], ratios: Sequence[int]) -> tuple[Arrangement, list[int]]:
+    """Place the tokens of a step.
+
+    sequences: slot, position of the first token, number of tokens, and the position from which entries are written, of
+    each sequence. Blocks that close before that position are in shared pages already. Returns the shape, and slot,
+    position and first of all tokens, then token and begin of the closing blocks of each ratio, one after the other.
+    """
+    slot: list[int] = []
+    position: list[int] = []
+    first: list[int] = []
+    closing: dict[int, tuple[list[int], list[int]]] = {ratio: ([], []) for ratio in ratios}
+    for own_slot, begin, count, writes_from in sequences:
+        start, end = len(slot), begin + count
+        slot += [own_slot] * count
+        position += range(begin, end)
+        first += [start] * count
+        for ratio, (token, block) in closing.items():
+            last = (max(begin, writes_from) // ratio + 1) * ratio - 1  # of the first block that ends there or later
+            token += range(start + last - begin, start + count, ratio)
+            block += range(last + 1 - ratio, end + 1 - ratio, ratio)
+    shape = Arrangement(len(slot), tuple((ratio, len(token)) for ratio, (token, _) in closing.items()))
+    return shape, sum((part for parts in closing.values() for part in parts), slot + position + first)
+
+
+def places_of(shape: Arrangement, numbers: torch.Tensor, table: torch.Tensor) -> Places:
+    """Return the places that ``arrange`` has put into ``numbers``, int32 on the device of the table, as views of it."""
+    lengths = [shape.num_tokens] * 3 + [count for _, count in shape.num_closing for _ in range(2)]
+    slot, position, first, *blocks = numbers.split(lengths)
+    closing = {ratio: Closing(blocks[2 * i], blocks[2 * i + 1]) for i, (ratio, _) in enumerate(shape.num_closing)}
+    return Places(slot, position, first, table, closing)

@@ -71,5 +71,5 @@ def _run(rows: torch.Tensor, maps: Sequence[int]) -> None:
     table = (ctypes.c_long * len(maps))(*maps)
     native.call(
         "dsv4_linears", *rows.shape, rows.stride(0), native.is_bfloat16(rows), len(maps) // 8,
-        torch.get_num_threads(), ctypes.addressof(table),
+        torch.get_num_threads(), table,
     )  # fmt: skip

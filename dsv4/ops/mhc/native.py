@@ -136,12 +136,14 @@ def _read(
     M = fn.shape[0]
     x, mixes, inverse_rms = streams.new_empty(T, D), fn.new_empty(T, M), fn.new_empty(T, 1)
     post_weights, logits = (fn.new_empty(T, N), fn.new_empty(N * N, T)) if iterations else (fn.new_empty(0),) * 2
+    if not native.serves(norm_weight):
+        norm_weight = norm_weight.float()
     if N * D % LANES:
         fn = F.pad(fn, (0, -N * D % LANES))
     native.call(
-        "dsv4_mhc_pre", T, N, D, M, native.is_bfloat16(streams), _threads(T),
-        streams, fn.contiguous(), base.contiguous(), scale.contiguous(),
-        norm_weight.float().contiguous(), norm_eps, eps, x, mixes, inverse_rms, post_weights, logits,
+        "dsv4_mhc_pre", T, N, D, M, native.is_bfloat16(streams), native.is_bfloat16(norm_weight),
+        torch.get_num_threads(), streams, fn.contiguous(), base.contiguous(), scale.contiguous(),
+        norm_weight.contiguous(), norm_eps, eps, x, mixes, inverse_rms, post_weights, logits,
     )  # fmt: skip
     comb = _doubly_stochastic(logits, N, eps, iterations) if iterations else fn.new_empty(0)
     return x, post_weights, comb, mixes, inverse_rms

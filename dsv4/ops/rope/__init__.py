@@ -84,7 +84,7 @@ def rotate(
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
     return pick(backend, reference=reference.rotate, portable=portable.rotate, native=native.rotate)(
-        x, cos, -sin if inverse else sin
+        x, cos, sin, inverse
     )
 
 

@@ -11,13 +11,14 @@ from dsv4.ops.rope import portable
 VERY_SMALL = 64  # fewer rows than this are not worth splitting over threads
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """See ``dsv4.ops.rope.rotate``."""
     if not _serves(x, cos):
-        return portable.rotate(x, cos, sin)
+        return portable.rotate(x, cos, sin, inverse)
+    sign = -1.0 if inverse else 1.0
     if not native.wants_gradient(x):
-        return _turn(x, cos.contiguous(), sin.contiguous(), 1.0)
-    return _Rotate.apply(x, cos, sin)
+        return _turn(x, cos.contiguous(), sin.contiguous(), sign)
+    return _Rotate.apply(x, cos, sin, sign)
 
 
 def rotate_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
@@ -66,16 +67,17 @@ def _turn_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, sign):
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1.0)
+        ctx.sign = sign
+        return _turn(x, cos, sin, sign)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1.0), None, None
+        return _turn(grad, cos, sin, -ctx.sign), None, None, None
 
 
 class _RotateUnit(torch.autograd.Function):

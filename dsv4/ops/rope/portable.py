@@ -6,9 +6,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """See ``dsv4.ops.rope.rotate``."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, -sin if inverse else sin)
 
 
 def rotate_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:

@@ -7,8 +7,9 @@ import torch
 from dsv4.ops.rmsnorm.reference import rmsnorm
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """See ``dsv4.ops.rope.rotate``; cos and sin broadcast against the pairs of x."""
+    sin = -sin if inverse else sin
     rotary_dims = 2 * cos.shape[-1]
     kept, turned = x[..., :-rotary_dims], x[..., -rotary_dims:].to(torch.promote_types(x.dtype, cos.dtype))
     a, b = turned[..., 0::2], turned[..., 1::2]

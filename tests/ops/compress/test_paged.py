@@ -53,7 +53,9 @@ class Engine:
         ]
         slot, position, first = torch.tensor(columns, dtype=torch.int32).view(-1, 3).T.contiguous()
         closing = ((position + 1) % self.ratio == 0).nonzero()[:, 0].int()
-        return Places(slot, position, first, self.table, {self.ratio: Closing(closing)})
+        return Places(
+            slot, position, first, self.table, {self.ratio: Closing(closing, position[closing.long()] + 1 - self.ratio)}
+        )
 
     def run(self, *steps):
         for step in steps:
@@ -252,7 +254,7 @@ def test_what_does_not_fit_is_an_error(changed, message):
     slot = first = torch.zeros(4, dtype=torch.int32)
     places = Places(slot, torch.arange(4).int(), first, torch.zeros(2, 3, dtype=torch.int32), {})
     for ratio in (4, 5):
-        places.closing[ratio] = Closing(torch.tensor([3], dtype=torch.int32))
+        places.closing[ratio] = Closing(*torch.tensor([[3], [0]], dtype=torch.int32))
     fitting = {
         "kv": torch.zeros(4, 10), "gate": torch.zeros(4, 10), "position_bias": torch.zeros(4, 10),
         "norm_weight": torch.ones(5), "cos": torch.zeros(1, 2), "sin": torch.zeros(1, 2),
