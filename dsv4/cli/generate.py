@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dsv4.cli.models import Precision, find_model, find_tokenizer, open_model
+from dsv4.cli.models import RESIDENCE, Precision, Residence, find_model, find_tokenizer, open_model
 from dsv4.cli.prompts import Prompt, read_prompts
 from dsv4.cli.results import Result, Results, partial_of, read_partial
 from dsv4.config.engine import EngineCacheFormat, Limits, Numerics, PrefixLimits
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dsv4.engine.engine import Engine
     from dsv4.engine.log import LoggedRequest
-    from dsv4.engine.outputs import Completion
+    from dsv4.engine.outputs import Completion, Piece
 
 INTERRUPTED = 130  # exit code
 REPLACEMENT = "\ufffd"  # what bytes that are no text decode to, those of half a character too
@@ -91,6 +91,7 @@ def generate(
     resume: bool = False,
     choice: Annotated[Choice, tyro.conf.arg(name="")] = CHOICE,
     serving: Annotated[Serving, tyro.conf.arg(name="")] = SERVING,
+    residence: Annotated[Residence, tyro.conf.arg(name="")] = RESIDENCE,
 ) -> None:
     """Print a prompt and what a model goes on with; or, for a file of prompts, a line of JSON for each.
 
@@ -100,36 +101,38 @@ def generate(
         prompts: a file with a text to go on from on each line; if its name ends in .jsonl, a JSON object on each, with
             "prompt" and what differs of the sampling: "max_tokens", "temperature", "seed" and so on.
         output: write the lines of JSON into this file, when all are there, not to stdout.
-        resume: finish what --log says was unfinished, as if it had never stopped.
+        resume: finish what --log says was unfinished, as if it had never stopped, and give what had ended unseen.
     """
-    unfinished = _check(prompt, prompts, output, resume, choice, serving)
+    found = _check(prompt, prompts, output, resume, choice, serving)
     sampling = Sampling(
         max_tokens=choice.tokens,
         **{field.name: getattr(choice, field.name) for field in fields(choice) if field.name != "tokens"},
     )
     wanted = [Prompt(0, prompt, sampling)] if prompt is not None else []
     wanted = wanted if prompts is None else read_prompts(prompts, sampling)
-    if resume and not unfinished:
+    if resume and not found:
         _note(f"{serving.log} holds nothing that is unfinished")
         if output is not None and read_partial(output):
             Results(output, [], goes_on=True).finish()
         return
-    with _engine(path, serving, max(1, len(wanted) or len(unfinished))) as engine:
+    with _engine(path, serving, residence, max(1, len(wanted) or len(found))) as engine:
         ids = engine.resume() if resume else _add(engine, wanted, prompts)
         try:
             if ids == [PROMPT] and output is None:
                 _stream(engine)
-            else:
-                _batch(engine, ids, Results(output, ids, goes_on=resume))
+                return
+            results = Results(output, ids, goes_on=resume)
+            _batch(engine, ids, results)
         except KeyboardInterrupt:
             _note(_stopped(output, serving.log))
             raise SystemExit(INTERRUPTED) from None
+    results.finish()  # with the engine closed its log holds none of them: they cannot be gone on with in a file anew
 
 
 def _check(
     prompt: str | None, prompts: Path | None, output: Path | None, resume: bool, choice: Choice, serving: Serving
 ) -> list[LoggedRequest]:
-    """Refuse options that do not go together; return what a log says is unfinished."""
+    """Refuse options that do not go together; return what a log holds that was not given to anyone."""
     given = [
         name for name, has in (("--prompt", prompt is not None), ("--prompts", prompts), ("--resume", resume)) if has
     ]
@@ -155,21 +158,24 @@ def _check(
         raise ValueError(
             f"{names} and --resume are given; expected none of the first: the log has how tokens are chosen"
         )
-    return [] if serving.log is None else _unfinished(serving.log, resume)
+    return [] if serving.log is None else _found(serving.log, resume)
 
 
-def _unfinished(log: Path, resume: bool) -> list[LoggedRequest]:
+def _found(log: Path, resume: bool) -> list[LoggedRequest]:
     from dsv4.engine.log import recover
 
     found = recover(log)
     if found and not resume:
+        unfinished = sum(one.finish is None for one in found)
+        parts = [f"{unfinished} unfinished"] if unfinished else []
+        parts += [f"{len(found) - unfinished} finished and not given to anyone"] if len(found) > unfinished else []
         raise ValueError(
-            f"--log is {log}, which holds {len(found)} unfinished; expected --resume to finish them, or another file"
+            f"--log is {log}, which holds {' and '.join(parts)}; expected --resume to finish them, or another file"
         )
     return found
 
 
-def _engine(path: Path, serving: Serving, num_prompts: int) -> Engine:
+def _engine(path: Path, serving: Serving, residence: Residence, num_prompts: int) -> Engine:
     from dsv4.cli.process import keep_freed_memory
     from dsv4.config.load import load_config
     from dsv4.data.tokenizer import check_tokenizer, load_tokenizer
@@ -181,7 +187,7 @@ def _engine(path: Path, serving: Serving, num_prompts: int) -> Engine:
     check_tokenizer(tokenizer, config)
     limits = _limits(config, serving, num_prompts)
     keep_freed_memory()
-    return Engine(open_model(directory, serving.precision), limits, tokenizer=tokenizer)
+    return Engine(open_model(directory, serving.precision, residence), limits, tokenizer=tokenizer)
 
 
 def _limits(config: ModelConfig, serving: Serving, num_prompts: int) -> Limits:
@@ -208,21 +214,26 @@ def _add(engine: Engine, wanted: list[Prompt], prompts: Path | None) -> list[str
             ids.append(engine.add(one.text, one.sampling, id=f"line-{one.line}" if prompts else PROMPT))
         except ValueError as error:
             for id in ids:
-                engine.cancel(id)
+                engine.drop(id)
             raise ValueError(f"{prompts}, line {one.line}: {error}" if prompts else str(error)) from error
     return ids
 
 
 def _stream(engine: Engine) -> None:
-    """Print the prompt and what comes, as it comes."""
-    so_far = engine.completion(PROMPT)
-    print(_text(engine, so_far.prompt_ids) + so_far.text, end="", flush=True)
+    """Print the prompt and what comes, as it comes. A character that was begun and not finished is left out."""
+    answer = engine.completion(PROMPT)
+    print(_text(engine, answer.prompt_ids) + _shown(answer), end="", flush=True)
     while not engine.is_idle:
         for piece in engine.step():
-            # A character that was begun and not finished is left out.
-            text = piece.text if piece.finish is None else piece.text.rstrip(REPLACEMENT)
-            print(text, end="", flush=True)
-    print()
+            print(_shown(piece), end="", flush=True)
+    print(flush=True)
+    engine.take(PROMPT)
+    if answer.error is not None:
+        raise answer.error
+
+
+def _shown(part: Completion | Piece) -> str:
+    return part.text if part.finish is None else part.text.rstrip(REPLACEMENT)
 
 
 def _batch(engine: Engine, ids: list[str], results: Results) -> None:
@@ -233,20 +244,28 @@ def _batch(engine: Engine, ids: list[str], results: Results) -> None:
         TextColumn("{task.fields[tokens]:,} tokens"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=Console(stderr=True), redirect_stdout=False, disable=lines_are_seen,
     )  # fmt: skip
-    num_tokens = sum(len(engine.completion(id).token_ids) for id in ids)
+    so_far = [engine.completion(id) for id in ids]
+    num_tokens = sum(len(completion.token_ids) for completion in so_far)
+    ended = [completion.id for completion in so_far if completion.finish is not None]
     try:
         with progress:
-            task = progress.add_task("", total=len(ids), tokens=num_tokens)
+            task = progress.add_task("", total=len(ids), completed=len(ended), tokens=num_tokens)
+            _write(engine, ended, results)
             while not engine.is_idle:
-                for piece in engine.step():
-                    num_tokens += len(piece.token_ids)
-                    if piece.finish is not None:
-                        results.add(_result(engine, engine.take(piece.id)))
-                        progress.advance(task)
-                progress.update(task, tokens=num_tokens)
-        results.finish()
+                pieces = engine.step()
+                ended = [piece.id for piece in pieces if piece.finish is not None]
+                _write(engine, ended, results)
+                num_tokens += sum(len(piece.token_ids) for piece in pieces)
+                progress.update(task, advance=len(ended), tokens=num_tokens)
     finally:
         results.close()
+
+
+def _write(engine: Engine, ids: list[str], results: Results) -> None:
+    """Write the lines of those that have ended; what is written, the engine and its log may forget."""
+    for id in ids:
+        for written in results.add(_result(engine, engine.completion(id))):
+            engine.take(written)
 
 
 def _result(engine: Engine, completion: Completion) -> Result:
@@ -259,6 +278,8 @@ def _result(engine: Engine, completion: Completion) -> Result:
         "num_prompt_tokens": len(completion.prompt_ids),
         "num_cached": completion.num_cached,
     }
+    if completion.error is not None:
+        result["error"] = str(completion.error)
     if engine.limits.draft_tokens:
         result |= {"num_drafted": completion.num_drafted, "num_accepted": completion.num_accepted}
     if completion.logprobs:

@@ -34,17 +34,20 @@ class Results:
             self._found = {result["id"]: result for result in before}
             self._file = partial_of(path).open("a", encoding="utf-8")
 
-    def add(self, result: Result) -> None:
-        """Take the line of one more prompt."""
+    def add(self, result: Result) -> list[str]:
+        """Take the line of one more prompt; return the ids of the lines that are written now."""
         self._found[result["id"]] = result
         if self._file is not None:
             self._file.write(_line(result))
             self._file.flush()
             os.fsync(self._file.fileno())
-            return
+            return [result["id"]]
+        written = []
         while self._waiting and self._waiting[0] in self._found:
-            sys.stdout.write(_line(self._found.pop(self._waiting.pop(0))))
+            written.append(self._waiting.pop(0))
+            sys.stdout.write(_line(self._found.pop(written[-1])))
             sys.stdout.flush()
+        return written
 
     def finish(self) -> None:
         """Put the lines of a file in order, and the file in its place."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from hashlib import blake2b
+from operator import itemgetter
 
 import torch
 from tokenizers import Tokenizer
 
 from dsv4.accounting.cache import page_bytes
+from dsv4.checkpoint.names import released_tensors
 from dsv4.config.engine import Limits
 from dsv4.model.cache import Cache
 from dsv4.model.transformer import Transformer
@@ -18,6 +20,7 @@ from dsv4.ops.places import PAGE_TOKENS
 from dsv4.ops.rows import RowFormat
 
 FORMAT = b"dsv4 prefix 1"  # changes with what states and pages hold
+_EXPERT = ".ffn.experts."
 
 
 def build_cache(model: Transformer, limits: Limits, max_context: int) -> Cache:
@@ -60,7 +63,8 @@ def model_key(model: Transformer, tokenizer: Tokenizer | None, cache: Cache) -> 
     digest.update(f"{cache.row_format} {cache.spare} {model.activation_dtype}".encode())
     if tokenizer is not None:
         digest.update(tokenizer.to_str().encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in sorted(released_tensors(model), key=itemgetter(0)):
+        stored = tensor.to(model.embed.weight.dtype) if _EXPERT in name else tensor  # experts may be left in a file's
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(stored.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -10,13 +10,11 @@ request gets depends on its prompt, its sampling and its seed; in the invariant 
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any, Self, cast
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Self, cast
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from dsv4.config.engine import Limits
@@ -25,16 +23,18 @@ from dsv4.data.tokenizer import plain_text
 from dsv4.engine.build import build_cache, model_key
 from dsv4.engine.disk import DiskStore
 from dsv4.engine.folder_prefix import FolderPrefix
-from dsv4.engine.log import WriteAheadLog
-from dsv4.engine.outputs import Completion, Piece
+from dsv4.engine.journal import Found, Journal
+from dsv4.engine.outputs import Completion, Piece, Ran
 from dsv4.engine.pages import PagePool
 from dsv4.engine.prefix import PrefixIndex
 from dsv4.engine.request import Request
 from dsv4.engine.runner import Runner, State
 from dsv4.engine.running import Mask, Running
+from dsv4.engine.sample import LogProbabilities
 from dsv4.engine.scheduler import Scheduler
 from dsv4.engine.speculation import Drafts
 from dsv4.engine.step import Admitted, Entry, Event, Filled, KeepState
+from dsv4.engine.streams import Streams
 from dsv4.engine.text import TextStream
 from dsv4.model.transformer import Transformer
 
@@ -44,7 +44,8 @@ MAX_SEED = 2**63 - 1
 class Engine:
     """An engine for one model. Not for several threads at once; ``stream`` serves any number of tasks of one loop.
 
-    tokenizer: needed for prompts that are text and for stop strings.
+    tokenizer: needed for prompts that are text and for stop strings. last_step: what it ran, for who measures it, with
+    a copy of the logits if ``keeps_logits`` is set.
     """
 
     def __init__(self, model: Transformer, limits: Limits | None = None, *, tokenizer: Tokenizer | None = None) -> None:
@@ -62,19 +63,19 @@ class Engine:
         if p.folder is not None and self.prefix is not None:
             store = DiskStore(p.folder, key, p.folder_bytes)
             self.folder = FolderPrefix(store, self.prefix, self.runner)
+        self.last_step, self.keeps_logits = Ran(), False
         self.scheduler = Scheduler(
             self.limits, self.pool, self.prefix, max_context=self.max_context, window=model.config.attention.window,
-            depth=len(cache.layers), fetch=None if self.folder is None else self.folder.fetch,
+            depth=len(model.layers) + (self.limits.draft_tokens > 0),  # the MTP block's rows are read for drafts alone
+            fetch=None if self.folder is None else self.folder.fetch,
         )  # fmt: skip
         self.drafts = Drafts(self.runner, self.limits.draft_tokens, exact=self.limits.numerics == "invariant")
         self._running: dict[str, Running] = {}
-        self._num_added = 0
-        self._log = None if self.limits.log is None else WriteAheadLog(self.limits.log)
+        self._num_named = 0
+        self._journal = Journal(self.limits.log)
+        self._untold: list[Piece] = []  # of a step whose tokens could not be logged
         self._ended: dict[str, Completion] = {}
-        self._queues: dict[str, asyncio.Queue[Piece | Exception]] = {}
-        self._lock = asyncio.Lock()  # between the thread's steps and the loop's calls
-        self._driver: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._streams = Streams(self)
 
     # ---- requests ----
 
@@ -89,66 +90,117 @@ class Engine:
     ) -> str:
         """Add a request; return its id.
 
-        prompt: text, or token ids. salt: prefixes are shared among requests of one salt alone. mask: the tokens
-        allowed next, for structured output. Raises ``ValueError`` for what can never run, and says why.
+        prompt: text, or token ids. id: of no request that waits, runs, or was not taken; None: the next free one.
+        salt: prefixes are shared among requests of one salt alone. mask: the tokens allowed next, for structured
+        output. Raises ``ValueError`` for what can never run, and says why.
         """
         sampling = Sampling() if sampling is None else sampling
         prompt_ids = self._prompt_ids(prompt)
         self._check(sampling)
         seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        if id is None:
-            id = f"request-{self._num_added}"
+        id = self._free_id() if id is None else id
+        if self._is_known(id):
+            raise ValueError(f"request id is {id!r}; expected one of no other request that was not taken")
         request = Request(id=id, prompt_ids=prompt_ids, sampling=sampling, seed=seed, salt=salt)
         self._enter(request, mask)
-        if self._log is not None:
-            self._log.append_request(id, prompt_ids, asdict(sampling), seed)
-            self._log.commit()
+        self._journal.add(request, has_mask=mask is not None)
+        try:
+            self._journal.commit()
+        except OSError:
+            self.drop(id)
+            raise
         return id
 
-    def resume(self) -> list[str]:
-        """Add again what the log says was unfinished; return the ids. Their outputs go on where they stopped."""
-        if self._log is None:
+    def resume(self, masks: Mapping[str, Mask] | None = None) -> list[str]:
+        """Take over the requests of the log that nobody has taken; return their ids, in the order they came.
+
+        The outputs of those that had not ended go on where they stopped. The others can be taken at once. masks: by
+        id, of all requests that had one and have not ended.
+        """
+        if self.limits.log is None:
             raise ValueError("limits.log is None; expected the path of a log to resume from")
+        masks = {} if masks is None else masks
+        found = self._journal.found
+        open_ids = [one.request.id for one in found if one.has_mask and not one.request.is_finished]
+        lacking = [id for id in open_ids if id not in masks]
+        if lacking:
+            raise ValueError(f"masks has none for {lacking}; expected one for each request that was added with one")
         ids = []
-        for found in self._log.unfinished:
-            if found.id in self._running:
-                continue
-            sampling = _sampling(found.sampling)
-            request = Request(
-                id=found.id, prompt_ids=found.prompt_ids, sampling=sampling, seed=found.seed,
-                output_ids=list(found.output_ids),
-            )  # fmt: skip
-            self._enter(request, None)
-            ids.append(found.id)
+        while found:
+            self._take_over(found[0], masks.get(found[0].request.id))
+            ids.append(found.pop(0).request.id)
         return ids
 
     def cancel(self, id: str) -> Piece | None:
-        """End a request at any time; None if it has ended already."""
-        if self.scheduler.cancel(id) is None:
-            return None
-        piece = self._end(self._running[id], Piece(id=id, token_ids=(), text=""))
-        if self._log is not None:
-            self._log.commit()
+        """End a request at any time, and return its last piece; None if it has ended already."""
+        piece = self._cancel(id)
+        if piece is not None:
+            self._streams.put(piece)
+            self._journal.commit()
         return piece
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle
+        return self.scheduler.is_idle and not self._untold
 
     def completion(self, id: str) -> Completion:
-        """What a request that waits or runs has given so far."""
-        return self._running[id].completion
+        """What a request that was not taken has given so far."""
+        return self._ended[id] if id in self._ended else self._running[id].completion
 
-    def _enter(self, request: Request, mask: Mask | None) -> None:
+    def take(self, id: str) -> Completion:
+        """Return the completion of a request that has ended, and forget it.
+
+        A log forgets it with the next step, or when the engine is closed: who first stores what ``completion`` says
+        finds it again if there is a kill in between.
+        """
+        completion = self._ended.pop(id)
+        self._journal.take(id)
+        return completion
+
+    def drop(self, id: str) -> None:
+        """Forget a request, whether it has ended or not; the log, with the next step or when the engine is closed."""
+        self._cancel(id)
+        if id in self._ended:
+            self.take(id)
+
+    def _cancel(self, id: str) -> Piece | None:
+        if self.scheduler.cancel(id) is None:
+            return None
+        self._untold = [piece for piece in self._untold if piece.id != id]
+        return self._end(self._running[id], Piece(id=id, token_ids=(), text=""))
+
+    def _enter(self, request: Request, mask: Mask | None, logprobs: Sequence[LogProbabilities] = ()) -> None:
         refused = self.scheduler.add(request)
         if refused is not None:
             raise ValueError(f"request {request.id}: {refused.reason}")
-        self._num_added += 1
+        self._running[request.id] = self._new_running(request, mask, logprobs)
+
+    def _new_running(self, request: Request, mask: Mask | None, logprobs: Sequence[LogProbabilities]) -> Running:
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.sampling.stop)
         ends = set(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             ends.add(self.model.config.eos_token_id)
-        self._running[request.id] = Running(request, text, mask, frozenset(ends))
+        return Running(request, text, mask, frozenset(ends), logprobs)
+
+    def _take_over(self, found: Found, mask: Mask | None) -> None:
+        """Go on with a request of the log, or have what came of it."""
+        request = found.request
+        if not request.is_finished:
+            self._enter(request, mask, found.logprobs)
+            return
+        running = self._new_running(request, None, found.logprobs)
+        running.error = found.error
+        running.completion.add(running.last(Piece(id=request.id, token_ids=(), text="")))
+        self._ended[request.id] = running.completion
+
+    def _is_known(self, id: str) -> bool:
+        return id in self._running or id in self._ended or id in self._journal
+
+    def _free_id(self) -> str:
+        while self._is_known(f"request-{self._num_named}"):
+            self._num_named += 1
+        self._num_named += 1
+        return f"request-{self._num_named - 1}"
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         config = self.model.config
@@ -176,45 +228,67 @@ class Engine:
     # ---- a step ----
 
     def step(self) -> list[Piece]:
-        """Run one step over everything that can run; return what it gave, in the order of arrival."""
+        """Run one step over everything that can run; return what it gave, in the order of arrival.
+
+        If that cannot be logged, an ``OSError`` says so, and the next call tries again and returns it.
+        """
+        self.last_step = Ran()
+        if self._untold:
+            return self._tell()
         plan = self.scheduler.plan(self.drafts.count if self.limits.draft_tokens else None)
         self._act(plan.events)
         if not plan.entries:
             return []
+        slots = [entry.request.slot for entry in plan.entries]
         forward = self.runner.run(plan.entries, [self._token_ids(entry) for entry in plan.entries])
+        kept = [None if rows is None else rows.copy() for rows in forward.logits] if self.keeps_logits else []
+        self.last_step = Ran(plan.entries, tuple(kept))
         pieces: list[Piece] = []
         events: list[Event] = []
         for entry, logits in zip(plan.entries, forward.logits, strict=True):
             if logits is None:
                 events += self.scheduler.advance(entry)
-                continue
-            running, count = self._running[entry.request.id], entry.num_drafts
-            drafts, proposals = self.drafts.tokens(entry.request), self.drafts.proposals(entry.request)
-            tokens = running.choose(logits, drafts[:count], proposals[:count])
-            piece, is_stopped = running.take(tokens, logits)
-            events += self.scheduler.advance(entry, piece.token_ids, is_stopped=is_stopped)
-            pieces.append(piece)
-        self.drafts.make(plan.entries, forward)  # before states are copied: they hold the MTP block's ring too
+            else:
+                pieces.append(self._settle(entry, logits, events))
+        # Before states are copied: they hold the MTP block's ring too, also of requests that have ended.
+        wanted = {event.request.id for event in events if isinstance(event, KeepState)}
+        self.drafts.make(plan.entries, slots, forward, wanted)
         self._act(events)
-        return self._tell(pieces)
+        self._conclude(pieces)
+        return self._tell()
+
+    def _settle(self, entry: Entry, logits: np.ndarray, events: list[Event]) -> Piece:
+        """Choose an entry's tokens, [1 + drafts, V], and advance it; add what became of it to the events."""
+        request, running = entry.request, self._running[entry.request.id]
+        drafts, proposals = self.drafts.tokens(request), self.drafts.proposals(request)
+        tokens = running.choose(logits, drafts[: entry.num_drafts], proposals[: entry.num_drafts])
+        piece, is_stopped = running.take(tokens, logits)
+        if piece.token_ids:
+            events += self.scheduler.advance(entry, piece.token_ids, is_stopped=is_stopped)
+        if running.error is not None and not request.is_finished:
+            events.append(self.scheduler.fail(request.id))
+        return piece
 
     def _token_ids(self, entry: Entry) -> list[int]:
         """The tokens of an entry, drafts included."""
         known = entry.request.tokens(entry.begin, entry.end - entry.num_drafts)
         return known + self.drafts.tokens(entry.request)[: entry.num_drafts]
 
-    def _tell(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Log what a step gave, and only then return it; forget the requests that ended."""
-        if self._log is not None:
-            self._log.append_tokens([(piece.id, token) for piece in pieces for token in piece.token_ids])
-        told = []
+    def _conclude(self, pieces: Sequence[Piece]) -> None:
+        """Add what a step gave to the requests and, not yet committed, to the log."""
+        self._journal.add_tokens(pieces)
         for piece in pieces:
             running = self._running[piece.id]
-            told.append(self._end(running, piece) if running.request.is_finished else piece)
-            if not running.request.is_finished:
+            if running.request.is_finished:
+                piece = self._end(running, piece)
+            else:
                 running.completion.add(piece)
-        if self._log is not None:
-            self._log.commit()
+            self._untold.append(piece)
+
+    def _tell(self) -> list[Piece]:
+        """Commit what was given, and only then return it."""
+        self._journal.commit()
+        told, self._untold = self._untold, []
         return told
 
     def _end(self, running: Running, piece: Piece) -> Piece:
@@ -224,8 +298,7 @@ class Engine:
         del self._running[request.id]
         self._ended[request.id] = running.completion
         self.drafts.drop(request)
-        if self._log is not None:
-            self._log.append_end(request.id, str(request.finish))
+        self._journal.end(last)
         return last
 
     def _act(self, events: Sequence[Event]) -> None:
@@ -265,81 +338,40 @@ class Engine:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 ids.append(self.add(prompt, one))
-        except ValueError:
+        except (ValueError, OSError):
             for id in ids:
-                self.cancel(id)
-                self.take(id)
+                self.drop(id)
             raise
-        while any(id in self._running for id in ids):
+        while self._untold or any(id in self._running for id in ids):
             self.step()
         return [self.take(id) for id in ids]
 
-    def take(self, id: str) -> Completion:
-        """Return the completion of a request that has ended, and forget it."""
-        return self._ended.pop(id)
-
     # ---- streaming ----
 
-    async def stream(
-        self, prompt: str | Sequence[int], sampling: Sampling | None = None, *, mask: Mask | None = None
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        salt: bytes = b"",
+        mask: Mask | None = None,
     ) -> AsyncIterator[Piece]:
         """Yield a request's pieces as they come. Leaving the loop early cancels it.
 
-        Steps run in one thread of the engine's own, for all streams together; an error of a step ends all of them.
+        Steps run in one thread of the engine's own, for all streams together. If they stop, whatever the reason, every
+        stream raises a ``StepError`` with that as its cause.
         """
-        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        async with self._lock:
-            id = self.add(prompt, sampling, mask=mask)
-        self._queues[id] = queue
-        if self._driver is None or self._driver.done():
-            self._driver = asyncio.create_task(self._drive())
-        try:
-            while True:
-                piece = await queue.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish is not None:
-                    return
-        finally:
-            del self._queues[id]
-            async with self._lock:
-                self.cancel(id)
-                self._ended.pop(id, None)
-
-    async def _drive(self) -> None:
-        """Step while anything runs, and hand pieces to their streams."""
-        loop = asyncio.get_running_loop()
-        while not self.is_idle:
-            try:
-                async with self._lock:
-                    pieces = await loop.run_in_executor(self._thread, self.step)
-            except Exception as error:  # every stream learns of it
-                for queue in self._queues.values():
-                    queue.put_nowait(error)
-                return
-            for piece in pieces:
-                if piece.id in self._queues:
-                    self._queues[piece.id].put_nowait(piece)
-            await asyncio.sleep(0)
+        return self._streams.run(lambda: self.add(prompt, sampling, salt=salt, mask=mask))
 
     # ---- the end ----
 
     def close(self) -> None:
         """Let go of the log and the thread. What runs is not ended: a log has it, to be resumed."""
-        self._thread.shutdown()
-        if self._log is not None:
-            self._log.close()
+        self._streams.close()
+        self._journal.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _sampling(fields: dict[str, Any]) -> Sampling:
-    """The sampling of a log, in which tuples have become lists."""
-    bias = tuple((int(i), float(value)) for i, value in fields["logit_bias"])
-    stops = {name: tuple(fields[name]) for name in ("stop", "stop_token_ids")}
-    return Sampling(**{**fields, "logit_bias": bias, **stops})

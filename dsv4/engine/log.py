@@ -1,13 +1,17 @@
 """The write-ahead log: every generated token is on the disk before it is shown, so that a killed engine can go on.
 
-    0000001a 5f7d2a10 [["log", {"format": 1}]]
-    0000004b 8a0c41f7 [["request", "a", [5, 17], {"temperature": 0.7}, 11, []], ["tokens", [["a", 3]]]]
-    00000020 3c9a7d10 [["tokens", [["a", 9], ["b", 4]]]]
-    00000016 51b06e22 [["end", "a", "stop"]]
+    00000019 5f7d2a10 [["log", {"format": 2}]]
+    000000b2 8a0c41f7 [["request", {"id": "a", "prompt_ids": [5, 17], "seed": 11, ...}], ["tokens", [["a", 3]]]]
+    00000039 3c9a7d10 [["tokens", [["a", 9], ["b", 4, [-1.5, [[4, -1.5]]]]]]]
+    0000001f 51b06e22 [["end", "a", "stop", null]]
+    00000010 0c6a51d9 [["taken", "a"]]
 
 A line is what one commit wrote: length and CRC-32 of its JSON in hexadecimal, and the JSON, in ASCII, so that a line
 break is at the end only. A kill or a power failure can spoil the last line alone, and then its commit has not
 returned: it is dropped. A bad line with anything after it is damage, and refused.
+
+A token has its log-probabilities beside it if they were asked for. A request stays in the log when it has ended, until
+its caller has taken it: who is killed between the two finds it again.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +35,7 @@ from dsv4.config.files import write_then_rename
 
 Event = list[Any]
 
-_VERSION: list[Event] = [["log", {"format": 1}]]
+_VERSION: list[Event] = [["log", {"format": 2}]]
 _START = re.compile(rb"([0-9a-f]{8}) ([0-9a-f]{8}) ")
 _LONG_BYTES = 2**23  # from here on the log is rewritten while in use, each time it has doubled: 0.2 s for 8 MiB
 
@@ -40,17 +44,29 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRequest:
-    """An unfinished request as it was last committed; of ``sampling``, tuples have become lists."""
+    """A request that nobody has taken, as it was last committed; of ``sampling``, tuples have become lists."""
 
     id: str
     prompt_ids: list[int]
     sampling: dict[str, Any]
     seed: int
-    output_ids: list[int]
+    salt: str = ""
+    """In hexadecimal."""
+    has_mask: bool = False
+    """Whether a mask, which no log can hold, decides about its tokens."""
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    """Of each token [its own, [[id, that of one of the likeliest], ...]]; none if they were not asked for."""
+    finish: str | None = None
+    """How it ended; None if it has not."""
+    error: str | None = None
+    """What it ended with, if by an error."""
 
 
 def recover(path: Path | str) -> list[LoggedRequest]:
-    """Read the unfinished requests of a log, in the order they came; none if there is no file. Changes nothing.
+    """Read the requests of a log that nobody has taken, in the order they came; none if there is no file.
+
+    Those whose ``finish`` is None are to be gone on with; the others are whole. Changes nothing.
 
     Raises ``ValueError`` for a file that is no log, and with the offset for one damaged before its last line.
     """
@@ -72,8 +88,8 @@ def recover(path: Path | str) -> list[LoggedRequest]:
 class WriteAheadLog:
     """A log to write, opened by one object of one process at a time; a second one is a ``ValueError``.
 
-    Opening reduces it to its unfinished requests: they are in ``unfinished``, and stay open under their ids.
-    ``append_...`` collects, ``commit`` writes, and ``close`` drops what was not committed.
+    Opening reduces it to the requests that nobody has taken: they are in ``found``, and their ids are theirs.
+    ``append_...`` collects, ``commit`` writes.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -87,36 +103,66 @@ class WriteAheadLog:
         try:
             for leftover in self._path.parent.glob(f".{glob.escape(self._path.name)}.*.partial"):
                 leftover.unlink()
-            self.unfinished = recover(self._path)
-            self._ids = {request.id for request in self.unfinished}
-            self._rewrite(self.unfinished)
+            self.found = recover(self._path)
+            self._running = {request.id for request in self.found if request.finish is None}
+            self._ended = {request.id for request in self.found} - self._running
+            self._rewrite(self.found)
         except BaseException:
-            self.close()
+            self._let_go()
             raise
 
-    def append_request(self, id: str, prompt_ids: Sequence[int], sampling: Mapping[str, Any], seed: int) -> None:
-        """Add a request. sampling: what JSON gives back unchanged, but for tuples."""
-        self._check_open()
-        if id in self._ids:
-            raise ValueError(f"request id is {id!r}; expected one that is not in the log, unfinished")
-        self._pending.append(["request", id, [int(i) for i in prompt_ids], _plain(sampling), int(seed), []])
-        self._ids.add(id)
+    def __contains__(self, id: str) -> bool:
+        """Whether there is a request of this id that nobody has taken."""
+        return id in self._running or id in self._ended
 
-    def append_tokens(self, tokens: Iterable[tuple[str, int]]) -> None:
-        """Add the tokens of one step, each with its request's id. Several of one request are in their order."""
+    def append_request(
+        self,
+        id: str,
+        prompt_ids: Sequence[int],
+        sampling: Mapping[str, Any],
+        seed: int,
+        *,
+        salt: str = "",
+        has_mask: bool = False,
+    ) -> None:
+        """Add a request. sampling: what JSON gives back unchanged, but for tuples. salt: in hexadecimal."""
         self._check_open()
-        pairs = [[id, int(token)] for id, token in tokens]
-        for id, _ in pairs:
-            self._check_known(id)
-        if pairs:
-            self._pending.append(["tokens", pairs])
+        if id in self:
+            raise ValueError(f"request id is {id!r}; expected one that is not in the log, or was taken")
+        request = LoggedRequest(
+            id=id, prompt_ids=[int(i) for i in prompt_ids], sampling=_plain(sampling), seed=int(seed), salt=salt,
+            has_mask=has_mask,
+        )  # fmt: skip
+        self._pending.append(["request", vars(request)])
+        self._running.add(id)
 
-    def append_end(self, id: str, reason: str) -> None:
-        """End a request: it will not be resumed."""
+    def append_tokens(self, tokens: Iterable[tuple[Any, ...]]) -> None:
+        """Add the tokens of one step: (request's id, token), or (id, token, log-probabilities).
+
+        Several of one request are in their order.
+        """
         self._check_open()
-        self._check_known(id)
-        self._pending.append(["end", id, reason])
-        self._ids.remove(id)
+        listed = [[id, int(token), *logprobs] for id, token, *logprobs in tokens]
+        for id, *_ in listed:
+            self._check_running(id)
+        if listed:
+            self._pending.append(["tokens", listed])
+
+    def append_end(self, id: str, finish: str, error: str | None = None) -> None:
+        """End a request: it will not be gone on with."""
+        self._check_open()
+        self._check_running(id)
+        self._pending.append(["end", id, finish, error])
+        self._running.remove(id)
+        self._ended.add(id)
+
+    def append_taken(self, id: str) -> None:
+        """Forget a request that has ended: its caller has what came of it."""
+        self._check_open()
+        if id not in self._ended:
+            raise ValueError(f"request id is {id!r}; expected one that has ended and was not taken")
+        self._pending.append(["taken", id])
+        self._ended.remove(id)
 
     def commit(self) -> None:
         """Return once all that was appended is on the disk. Call it once a step, before anything of it is shown.
@@ -139,7 +185,15 @@ class WriteAheadLog:
             self._rewrite_in_use()
 
     def close(self) -> None:
-        """Let go of the log; what was not committed is not in it."""
+        """Let go of the log. Ends without tokens are committed; all else that was not is not in it."""
+        if self._descriptor is not None and all(event[0] in ("end", "taken") for event in self._pending):
+            try:
+                self.commit()
+            except OSError as error:  # they will be found once more
+                _logger.warning("%s", error)
+        self._let_go()
+
+    def _let_go(self) -> None:
         for descriptor in (self._descriptor, self._lock):
             if descriptor is not None:
                 os.close(descriptor)
@@ -158,10 +212,10 @@ class WriteAheadLog:
         try:
             os.ftruncate(descriptor, self._num_bytes)
         except OSError:
-            self.close()
+            self._let_go()
 
     def _rewrite_in_use(self) -> None:
-        """Forget finished requests. If there is no room for that, the log just stays long."""
+        """Forget requests that were taken. If there is no room for that, the log just stays long."""
         try:
             self._rewrite(recover(self._path))
         except OSError as error:
@@ -173,7 +227,7 @@ class WriteAheadLog:
     def _rewrite(self, requests: list[LoggedRequest]) -> None:
         """Put a log of these requests alone in the place of this one."""
         lines = [_line(_VERSION)]
-        lines += [_line([["request", r.id, r.prompt_ids, r.sampling, r.seed, r.output_ids]]) for r in requests]
+        lines += [_line([["request", vars(request)]]) for request in requests]
         opened: list[int] = []
 
         def write(partial: Path) -> None:
@@ -194,7 +248,7 @@ class WriteAheadLog:
         try:
             sync(self._path.parent)
         except OSError as error:
-            self.close()  # a power failure might bring back the old file, without what would be committed from now on
+            self._let_go()  # a power failure might bring back the old file, without what would be committed from now on
             raise self._error(error, "it is closed") from error
 
     def _error(self, error: OSError, outcome: str) -> OSError:
@@ -205,8 +259,8 @@ class WriteAheadLog:
             raise ValueError(f"log {self._path} is closed; expected an open one")
         return self._descriptor
 
-    def _check_known(self, id: str) -> None:
-        if id not in self._ids:
+    def _check_running(self, id: str) -> None:
+        if id not in self._running:
             raise ValueError(f"request id is {id!r}; expected one that is in the log, unfinished")
 
 
@@ -279,14 +333,15 @@ def _check_torn(path: Path, data: bytes, offset: int) -> None:
 
 def _apply(event: Event, requests: dict[str, LoggedRequest]) -> None:
     match event:
-        case ["request", id, prompt_ids, sampling, seed, output_ids]:
-            requests[id] = LoggedRequest(
-                id=id, prompt_ids=prompt_ids, sampling=sampling, seed=seed, output_ids=output_ids
-            )
-        case ["tokens", pairs]:
-            for id, token in pairs:
+        case ["request", fields]:
+            requests[fields["id"]] = LoggedRequest(**fields)
+        case ["tokens", listed]:
+            for id, token, *logprobs in listed:
                 requests[id].output_ids.append(token)
-        case ["end", id, _]:
+                requests[id].logprobs.extend(logprobs)
+        case ["end", id, finish, error]:
+            requests[id] = replace(requests[id], finish=finish, error=error)
+        case ["taken", id]:
             del requests[id]
         case _:
             raise ValueError(event)

@@ -20,7 +20,6 @@ from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
 from dsv4.engine.outputs import Completion, Piece
 from dsv4.engine.pages import pages_of
-from dsv4.engine.runner import Forward
 from dsv4.engine.step import Entry
 from dsv4.ops.places import PAGE_TOKENS
 from dsv4.ops.rows import RowFormat
@@ -46,33 +45,27 @@ class Step(NamedTuple):
 
 
 class Meter:
-    """An engine whose steps are timed. It stands between the engine and its runner, for as long as the engine lives.
+    """An engine whose steps are timed.
 
     logits: of all tokens that were chosen since it was emptied, [1 + drafts, V] float32 each, if ``keeps_logits``.
     """
 
     def __init__(self, engine: Engine, clock: Clock, *, keeps_logits: bool = False) -> None:
-        self.engine, self.clock, self.keeps_logits = engine, clock, keeps_logits
+        self.engine, self.clock = engine, clock
         self.logits: list[np.ndarray] = []
-        self._run, self._counts = engine.runner.run, (0, 0, 0)
-        engine.runner.run = self._watch
+        engine.keeps_logits = keeps_logits
 
     def step(self) -> tuple[Step, list[Piece]]:
         """Run one step of the engine."""
-        self._counts = (0, 0, 0)
         begin = self.clock()
         pieces = self.engine.step()
         seconds = self.clock() - begin
-        return Step(seconds, *self._counts, sum(len(piece.token_ids) for piece in pieces)), pieces
-
-    def _watch(self, entries: Sequence[Entry], token_ids: Sequence[Sequence[int]]) -> Forward:
+        entries, logits = self.engine.last_step
         prompt = [_before(entry, len(entry.request.prompt_ids)) for entry in entries]
         repeated = [_before(entry, entry.request.writes_from) for entry in entries]
-        self._counts = (sum(prompt), sum(repeated), prompt.count(0))
-        forward = self._run(entries, token_ids)
-        if self.keeps_logits:
-            self.logits += [logits for logits in forward.logits if logits is not None]
-        return forward
+        self.logits += [rows for rows in logits if rows is not None]
+        output = sum(len(piece.token_ids) for piece in pieces)
+        return Step(seconds, sum(prompt), sum(repeated), prompt.count(0), output), pieces
 
 
 def _before(entry: Entry, position: int) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from dsv4.config.sampling import Sampling
 
-Finish = Literal["stop", "length", "cancelled", "refused"]
+Finish = Literal["stop", "length", "cancelled", "error", "refused"]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -23,7 +23,6 @@ class Request:
     """Prefixes are shared only among requests of the same salt: one for each user, to keep users apart."""
     output_ids: list[int] = field(default_factory=list)
     """May hold tokens from the start, for a request that is resumed."""
-    logprobs: list[Any] = field(default_factory=list)
 
     # Kept by the scheduler
     arrival: int = -1

@@ -3,49 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dsv4.engine.outputs import Completion, Piece
 from dsv4.engine.request import Request
-from dsv4.engine.sample import LogProbabilities, Seen, distribution, log_probabilities, needs_seen, next_token
+from dsv4.engine.sample import (
+    LogProbabilities,
+    NoTokenError,
+    Seen,
+    distribution,
+    log_probabilities,
+    needs_seen,
+    next_token,
+)
 from dsv4.engine.speculate import match, verify
 from dsv4.engine.text import TextStream
 
 Mask = Callable[[Sequence[int]], "np.ndarray | None"]
-"""Called with a request's output so far: the tokens allowed next, [V] bool, or None for all."""
+"""Called with a request's output so far: the tokens allowed next, [V] bool, or None for all.
+
+With drafts, also with outputs that hold drafts past the end. What it raises ends its own request, and no other.
+"""
 
 
 class Running:
-    """A request that waits or runs. text: None for an engine without a tokenizer. ends: tokens that end the output."""
+    """A request that waits or runs. text: None for an engine without a tokenizer. ends: tokens that end the output.
 
-    def __init__(self, request: Request, text: TextStream | None, mask: Mask | None, ends: frozenset[int]) -> None:
+    logprobs: of the output that a resumed request begins with. error: why there is no token after those chosen last.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        text: TextStream | None,
+        mask: Mask | None,
+        ends: frozenset[int],
+        logprobs: Sequence[LogProbabilities] = (),
+    ) -> None:
         self.request, self.completion = request, Completion(id=request.id, prompt_ids=request.prompt_ids)
+        self.error: NoTokenError | None = None
         self._text, self._mask, self._ends = text, mask, ends
         self._seen: Seen | None = None
         if request.output_ids:  # resumed
-            self.completion.token_ids += request.output_ids
-            self.completion.text += "" if text is None else text.push(request.output_ids).text
+            end = self._end(request.output_ids)
+            begun = "" if text is None else text.push(request.output_ids[:end]).text
+            self.completion.add(
+                Piece(id=request.id, token_ids=tuple(request.output_ids), text=begun, logprobs=tuple(logprobs))
+            )
 
     def choose(self, logits: np.ndarray, drafts: Sequence[int], proposals: Sequence[np.ndarray]) -> list[int]:
-        """Return the drafts that hold, and one token more. logits: [1 + drafts, V]."""
+        """Return the drafts that hold, and one token more if there is one. logits: [1 + drafts, V]."""
         request = self.request
         if needs_seen(request.sampling) and self._seen is None:
             self._seen = Seen(logits.shape[1], request.prompt_ids, request.output_ids)
-        if proposals:
-            place = len(request.output_ids)
-            tokens = verify(self._targets(logits, drafts), drafts, proposals, seed=request.seed, position=place)
-            if self._seen is not None:
-                self._seen.add(tokens[-1])
-        else:
-            tokens = match(self._plain(logits), drafts)
+        place, output = len(request.output_ids), list(request.output_ids)  # the second grows by the drafts that hold
+        try:
+            if proposals:
+                targets = self._targets(logits, drafts, output)
+                tokens = verify(targets, drafts, proposals, seed=request.seed, position=place)
+                if self._seen is not None:
+                    self._seen.add(tokens[-1])
+            else:
+                tokens = match(self._plain(logits, output), drafts)
+        except NoTokenError as error:  # kept for who asked; it is told where the output goes no further
+            self.error, tokens = error, output[place:]
         self.completion.num_drafted += len(drafts)
-        self.completion.num_accepted += len(tokens) - 1
+        self.completion.num_accepted += len(tokens) - (self.error is None)
         return tokens
 
-    def _plain(self, logits: np.ndarray) -> Iterator[int]:
-        """The tokens of plain decoding after the last known token, and after each draft."""
-        request, output = self.request, list(self.request.output_ids)
+    def _plain(self, logits: np.ndarray, output: list[int]) -> Iterator[int]:
+        """The tokens of plain decoding after the last known token, and after each draft once it holds."""
+        request = self.request
         for row in logits:
             token = next_token(
                 row, request.sampling, seed=request.seed, position=len(output), seen=self._seen,
@@ -53,12 +83,12 @@ class Running:
             )  # fmt: skip
             if self._seen is not None:
                 self._seen.add(token)
-            output.append(token)
             yield token
+            output.append(token)
 
-    def _targets(self, logits: np.ndarray, drafts: Sequence[int]) -> Iterator[np.ndarray]:
+    def _targets(self, logits: np.ndarray, drafts: Sequence[int], output: list[int]) -> Iterator[np.ndarray]:
         """The distributions after the last known token, and after each draft once it holds."""
-        request, output = self.request, list(self.request.output_ids)
+        request = self.request
         for row, draft in zip(logits, [*drafts, None], strict=True):
             yield distribution(row, request.sampling, seen=self._seen, mask=self._allowed(output), name=request.id)
             if draft is not None:
@@ -67,13 +97,24 @@ class Running:
                     self._seen.add(draft)
 
     def _allowed(self, output: Sequence[int]) -> np.ndarray | None:
-        return None if self._mask is None else self._mask(output)
+        """What the mask says. Its own errors and answers that are none become the request's error."""
+        if self._mask is None:
+            return None
+        name = self.request.id
+        try:
+            mask = self._mask(output)
+        except Exception as error:  # a caller's code may raise anything, and it is passed on as a cause
+            raise NoTokenError(f"request {name}: its mask raised {error!r}") from error
+        if mask is not None and not (isinstance(mask, np.ndarray) and mask.dtype == bool):
+            found = f"an array of {mask.dtype}" if isinstance(mask, np.ndarray) else repr(mask)[:80]
+            raise NoTokenError(f"request {name}: its mask gave {found}; expected an array of bool, or None")
+        return mask
 
     def take(self, tokens: Sequence[int], logits: np.ndarray) -> tuple[Piece, bool]:
         """Cut chosen tokens where the output ends; return them with their text, and whether they end by a stop."""
         request, sampling = self.request, self.request.sampling
         tokens = tokens[: request.max_tokens - len(request.output_ids)]
-        end = next((i for i, token in enumerate(tokens) if token in self._ends), None)
+        end = self._end(tokens)
         is_stopped, text = end is not None, ""
         if end is not None:
             tokens = tokens[: end + 1]
@@ -90,7 +131,10 @@ class Running:
     def last(self, piece: Piece) -> Piece:
         """Return the last piece of an ended request: with the text that was held back, and how it ended."""
         held = "" if self._text is None else self._text.finish().text
-        return Piece(
-            id=piece.id, token_ids=piece.token_ids, text=piece.text + held, logprobs=piece.logprobs,
-            finish=self.request.finish,
-        )  # fmt: skip
+        finish = self.request.finish
+        error = self.error if finish == "error" else None  # else the end came before a draft that had no successor
+        return replace(piece, text=piece.text + held, finish=finish, error=error)
+
+    def _end(self, tokens: Sequence[int]) -> int | None:
+        """Where the first token is that ends the output."""
+        return next((i for i, token in enumerate(tokens) if token in self._ends), None)

@@ -53,6 +53,10 @@ class Seen:
         self.in_output[token_id] -= 1
 
 
+class NoTokenError(ValueError):
+    """No token can be chosen for one request, by its own logits, penalties or mask: others are not concerned."""
+
+
 class LogProbabilities(NamedTuple):
     """Logarithms of probabilities of one token and of the likeliest ones."""
 
@@ -111,7 +115,8 @@ def distribution(
     logits: [V] float32, as the model gives them; not changed. seen: counts of the tokens before this one; needed only
     where ``needs_seen(sampling)``. mask: [V] bool, the tokens allowed here. name: the request's, for errors.
 
-    Raises ``ValueError`` if the logits hold NaN or +inf, if no token is possible, or if a biased id is outside V.
+    Raises ``NoTokenError`` if the logits hold NaN or +inf, if no token is possible, or if the mask is of another shape,
+    and ``ValueError`` if a biased id is outside V.
     """
     # All in place, in one array: memory asked for anew would cost more than the arithmetic.
     values = logits.astype(np.float64)
@@ -169,11 +174,11 @@ def _adjust_(logits: np.ndarray, sampling: Sampling, seen: Seen | None, mask: np
         _bias_(logits, sampling, name)
     if mask is not None:
         if mask.shape != logits.shape:
-            raise ValueError(
+            raise NoTokenError(
                 f"request {name}: the mask has shape {list(mask.shape)}; expected the logits', {list(logits.shape)}"
             )
         if not mask.any():
-            raise ValueError(f"request {name}: the mask allows no token; expected at least one of {len(mask)}")
+            raise NoTokenError(f"request {name}: the mask allows no token; expected at least one of {len(mask)}")
         logits[~mask] = -np.inf
 
 
@@ -199,7 +204,7 @@ def _likeliest(logits: np.ndarray, name: str) -> int:
     """The first of the largest logits, which must be a number: argmax stops at a NaN if there is one."""
     index = int(logits.argmax())
     if not math.isfinite(logits[index]):
-        raise ValueError(
+        raise NoTokenError(
             f"request {name}: the largest logit is {logits[index]} (token {index}); expected a finite number"
         )
     return index

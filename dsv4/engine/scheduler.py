@@ -91,6 +91,10 @@ class Scheduler:
         request = self._requests.get(request_id)
         return None if request is None else self._finish(request, "cancelled")
 
+    def fail(self, request_id: str) -> Finished:
+        """End a request that gets no next token: after its entry is advanced, or instead if the entry gave none."""
+        return self._finish(self._requests[request_id], "error")
+
     def plan(self, num_drafts: Callable[[Request], int] | None = None) -> StepPlan:
         """Plan the next step, once every entry of the last one is advanced.
 

@@ -243,9 +243,9 @@ def test_sampling_of_each_line(tmp_path):
 
 def test_results_wait_for_those_before_them(capsys):
     results = Results(None, ["a", "b", "c"])
-    results.add({"id": "b"})
+    assert results.add({"id": "b"}) == []
     assert capsys.readouterr().out == ""
-    results.add({"id": "a"})
+    assert results.add({"id": "a"}) == ["a", "b"]
     assert capsys.readouterr().out == '{"id": "a"}\n{"id": "b"}\n'
     results.add({"id": "c", "text": "\u00e9"})
     assert capsys.readouterr().out == '{"id": "c", "text": "\u00e9"}\n'
@@ -315,6 +315,67 @@ def test_a_stopped_batch_goes_on_with_its_file(finished, says, stops_after, refu
         return [{name: value for name, value in line.items() if name != "num_cached"} for line in lines(text)]
 
     assert kept(output.read_text(encoding="utf-8")) == kept(whole)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_answers_that_were_not_written_come_with_the_rest(finished, says, refuses, tmp_path, monkeypatch, has_file):
+    """The kill comes between a token's commit and the line of its answer, where an answer was lost once and for all."""
+    file, log, output = tmp_path / "prompts.jsonl", tmp_path / "log", tmp_path / "out.jsonl"
+    own = [{"prompt": text, "max_tokens": n} for text, n in (("def ", 12), ("import ", 3), ("x", 5), ("a = ", 9))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in own))
+    mode = ("--numerics", "invariant", "--concurrency", 4)
+    whole = says(finished, "--prompts", file, *mode, "--logprobs", 1)
+    place = ("--output", output) if has_file else ()
+    add, left = Results.add, iter(range(2))
+
+    def killed(results, result):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return add(results, result)
+
+    monkeypatch.setattr(Results, "add", killed)
+    begun = ("--prompts", file, *mode, "--logprobs", 1, "--log", log, *place)
+    with pytest.raises(SystemExit):
+        main(["generate", str(finished), *map(str, begun)])
+    monkeypatch.setattr(Results, "add", add)
+    kept = 2 if has_file else 0  # on stdout, lines wait for those before them
+    held = f"1 unfinished and {3 - kept} finished and not given to anyone"
+    assert refuses(finished, *begun).startswith(f"--log is {log}, which holds {held}; expected --resume")
+    assert len(read_partial(output)) == kept
+    again = says(finished, "--resume", "--log", log, *place, *mode)
+    answers = [
+        [{name: value for name, value in line.items() if name != "num_cached"} for line in lines(text)]
+        for text in (output.read_text(encoding="utf-8") if has_file else again, whole)
+    ]
+    assert answers[0] == answers[1]
+    assert recover(log) == []
+
+
+def test_a_prompt_whose_answer_was_not_printed_is_printed(finished, says, tmp_path):
+    log = tmp_path / "log"
+    whole = says(finished, "--prompt", "def ", "--tokens", 9, "--seed", 3)
+    model, tokenizer = dsv4.load_model(finished), Tokenizer.from_file(str(finished / "tokenizer.json"))
+    with Engine(model, Limits(cache_bytes=2**21, log=str(log)), tokenizer=tokenizer) as engine:
+        engine.add("def ", Sampling(max_tokens=9, temperature=0.8, top_p=0.95, seed=3), id="prompt")
+        while not engine.is_idle:
+            engine.step()
+    assert says(finished, "--resume", "--log", log) == whole
+    assert recover(log) == []
+
+
+def test_an_answer_that_ends_with_an_error_says_so(finished, says, refuses, tmp_path, capsys):
+    """Here by a penalty under which no logit is a number."""
+    file = tmp_path / "prompts.jsonl"
+    own = [{"prompt": "def ", "repetition_penalty": 1e-310}, {"prompt": "x"}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in own))
+    bad, good = lines(says(finished, "--prompts", file, "--tokens", 3))
+    assert (bad["finish"], bad["token_ids"]) == ("error", [])
+    assert bad["error"].startswith("request line-1: the largest logit is")
+    assert (good["finish"], "error" in good) == ("length", False)
+    assert main(["generate", str(finished), "--prompt", "def ", "--repetition-penalty", "1e-310"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "def \n"
+    assert captured.err.startswith("error: request prompt: the largest logit is")
 
 
 def test_a_file_that_was_not_renamed_is(finished, says, tmp_path):

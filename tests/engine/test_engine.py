@@ -15,16 +15,23 @@ from dsv4.eval.generate import generate
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler here")
 
 TOKENS = 24
+
+
+def limits_of(**options):
+    """With memory for a toy: the default is a GiB, which takes a second to make."""
+    return Limits(**{"cache_bytes": 2**21, **options})
+
+
 GREEDY = Sampling(max_tokens=TOKENS, temperature=0, ignore_eos=True)
 SAMPLED = Sampling(max_tokens=TOKENS, temperature=0.9, top_p=0.95, seed=5, ignore_eos=True)
 LIMITS = {
-    "one at a time": Limits(numerics="invariant", max_requests=1, step_tokens=512),
-    "all at once": Limits(numerics="invariant"),
-    "small steps": Limits(numerics="invariant", max_requests=3, step_tokens=17),
-    "drafts": Limits(numerics="invariant", draft_tokens=1),
-    "chained drafts, small steps": Limits(numerics="invariant", max_requests=2, step_tokens=50, draft_tokens=3),
-    "nothing shared": Limits(numerics="invariant", prefix=PrefixLimits(memory=False)),
-    "states every page": Limits(numerics="invariant", prefix=PrefixLimits(state_every=128)),
+    "one at a time": limits_of(numerics="invariant", max_requests=1, step_tokens=512),
+    "all at once": limits_of(numerics="invariant"),
+    "small steps": limits_of(numerics="invariant", max_requests=3, step_tokens=17),
+    "drafts": limits_of(numerics="invariant", draft_tokens=1),
+    "chained drafts, small steps": limits_of(numerics="invariant", max_requests=2, step_tokens=50, draft_tokens=3),
+    "nothing shared": limits_of(numerics="invariant", prefix=PrefixLimits(memory=False)),
+    "states every page": limits_of(numerics="invariant", prefix=PrefixLimits(state_every=128)),
 }  # fmt: skip
 
 
@@ -43,18 +50,24 @@ def plain(model, prompts):
 
 @pytest.mark.parametrize("numerics", ["fast", pytest.param("invariant", marks=needs_kernels)])
 def test_greedy_tokens_are_those_of_the_model(model, prompts, plain, numerics):
-    assert tokens_of(Engine(model, Limits(numerics=numerics)).generate(prompts, GREEDY)) == plain
+    assert tokens_of(Engine(model, limits_of(numerics=numerics)).generate(prompts, GREEDY)) == plain
+
+
+@pytest.fixture(scope="session", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def alone(model, prompts, request):
+    """A sampling, and the tokens that it gives when each prompt runs in an engine of its own."""
+    engines = [Engine(model, limits_of(numerics="invariant")) for _ in prompts]
+    return request.param, tokens_of(e.generate([p], request.param)[0] for e, p in zip(engines, prompts, strict=True))
 
 
 @needs_kernels
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_tokens_do_not_depend_on_batch_steps_drafts_and_prefixes(model, prompts, limits, sampling):
-    alone = [Engine(model, Limits(numerics="invariant")).generate([p], sampling)[0].token_ids for p in prompts]
+def test_tokens_do_not_depend_on_batch_steps_drafts_and_prefixes(model, prompts, limits, alone):
+    sampling, wanted = alone
     engine = Engine(model, limits)
-    assert tokens_of(engine.generate(prompts, sampling)) == alone
+    assert tokens_of(engine.generate(prompts, sampling)) == wanted
     again = engine.generate(prompts, sampling)
-    assert tokens_of(again) == alone
+    assert tokens_of(again) == wanted
     hits = [completion.num_cached for completion in again]
     assert hits == ([0, 128, 256, 0, 256] if limits.prefix.memory else [0] * 5)
     engine.pool.assert_consistent()
@@ -63,8 +76,8 @@ def test_tokens_do_not_depend_on_batch_steps_drafts_and_prefixes(model, prompts,
 
 @needs_kernels
 def test_a_cache_too_small_for_all_preempts_and_gives_the_same(model, prompts, plain):
-    size = Engine(model).runner.cache.page_bytes()
-    limits = Limits(numerics="invariant", cache_bytes=4 * size, step_tokens=100)
+    size = Engine(model, limits_of()).runner.cache.page_bytes()
+    limits = limits_of(numerics="invariant", cache_bytes=4 * size, step_tokens=100)
     engine = Engine(model, limits)
     assert tokens_of(engine.generate(prompts, GREEDY)) == plain
     assert engine.pool.num_free == engine.pool.num_pages == 4
@@ -75,7 +88,7 @@ def test_a_cache_too_small_for_all_preempts_and_gives_the_same(model, prompts, p
 def test_a_folder_restores_to_the_same_bits(model, prompts, plain, tmp_path, policy):
     period = {"period": 128} if policy == "periodic" else {}
     prefix = PrefixLimits(folder=str(tmp_path), policy=policy, **period)
-    limits = Limits(numerics="invariant", prefix=prefix)
+    limits = limits_of(numerics="invariant", prefix=prefix)
     with Engine(model, limits) as first:
         assert tokens_of(first.generate(prompts, GREEDY)) == plain
     with Engine(model, limits) as second:  # another process would find the same files
@@ -88,7 +101,7 @@ def test_a_folder_restores_to_the_same_bits(model, prompts, plain, tmp_path, pol
 
 @needs_kernels
 def test_a_damaged_folder_is_a_miss(model, prompts, plain, tmp_path, caplog):
-    limits = Limits(numerics="invariant", prefix=PrefixLimits(folder=str(tmp_path), policy="full"))
+    limits = limits_of(numerics="invariant", prefix=PrefixLimits(folder=str(tmp_path), policy="full"))
     with Engine(model, limits) as first:
         first.generate(prompts, GREEDY)
     for path in tmp_path.glob("*.prefix"):
@@ -106,7 +119,7 @@ def test_a_damaged_folder_is_a_miss(model, prompts, plain, tmp_path, caplog):
 def test_another_model_finds_nothing_in_the_folder(model, prompts, tmp_path):
     from dsv4.testing.toys import flash_like, toy_model
 
-    limits = Limits(prefix=PrefixLimits(folder=str(tmp_path)))
+    limits = limits_of(prefix=PrefixLimits(folder=str(tmp_path)))
     with Engine(model, limits) as first:
         first.generate(prompts, GREEDY)
     other = toy_model(flash_like(), seed=1).requires_grad_(False)
@@ -116,8 +129,8 @@ def test_another_model_finds_nothing_in_the_folder(model, prompts, tmp_path):
 
 @needs_kernels
 def test_a_log_resumes_to_the_same_tokens(model, prompts, tmp_path):
-    limits = Limits(numerics="invariant", log=str(tmp_path / "log"), draft_tokens=2)
-    wanted = tokens_of(Engine(model, Limits(numerics="invariant")).generate(prompts, SAMPLED))
+    limits = limits_of(numerics="invariant", log=str(tmp_path / "log"), draft_tokens=2)
+    wanted = tokens_of(Engine(model, limits_of(numerics="invariant")).generate(prompts, SAMPLED))
     for num_steps in (1, 3, 8):
         with Engine(model, limits) as engine:
             if num_steps == 1:
@@ -136,25 +149,10 @@ def test_a_log_resumes_to_the_same_tokens(model, prompts, tmp_path):
         assert engine.resume() == []
 
 
-def test_requests_are_cancelled_at_every_step(model, prompts):
-    for num_steps in range(30):
-        engine = Engine(model, Limits(max_requests=2, step_tokens=64, draft_tokens=1))
-        ids = [engine.add(prompt, GREEDY) for prompt in prompts]
-        for _ in range(num_steps):
-            engine.step()
-        for id in ids:
-            piece = engine.cancel(id)
-            assert piece is None or piece.finish == "cancelled"
-        assert engine.is_idle
-        engine.step()
-        engine.pool.assert_consistent()
-        assert engine.pool.num_free == engine.pool.num_pages
-
-
 def test_random_events_leak_nothing(model, prompts):
     draw = random.Random(0)
-    size = Engine(model).runner.cache.page_bytes()
-    engine = Engine(model, Limits(max_requests=3, step_tokens=48, cache_bytes=7 * size, draft_tokens=1))
+    size = Engine(model, limits_of()).runner.cache.page_bytes()
+    engine = Engine(model, limits_of(max_requests=3, step_tokens=48, cache_bytes=7 * size, draft_tokens=1))
     running: list[str] = []
     for _ in range(400):
         if draw.random() < 0.2:
@@ -172,7 +170,7 @@ def test_random_events_leak_nothing(model, prompts):
 
 
 def test_a_long_prompt_does_not_stop_who_decodes(model, prompts):
-    engine = Engine(model, Limits(max_requests=2, step_tokens=16))
+    engine = Engine(model, limits_of(max_requests=2, step_tokens=16))
     short = engine.add(prompts[0], GREEDY)
     engine.step()
     engine.add(prompts[2], GREEDY)
@@ -188,7 +186,7 @@ def test_a_mask_decides_what_is_possible(model, prompts):
         allowed[len(output) % 2 :: 2] = True
         return allowed
 
-    engine = Engine(model, Limits(draft_tokens=2))
+    engine = Engine(model, limits_of(draft_tokens=2))
     id = engine.add(prompts[0], Sampling(max_tokens=9, seed=1, ignore_eos=True), mask=even_then_odd)
     while not engine.is_idle:
         engine.step()
@@ -197,7 +195,7 @@ def test_a_mask_decides_what_is_possible(model, prompts):
 
 def test_ends(model, prompts, plain):
     third = plain[0][2]
-    engine = Engine(model)
+    engine = Engine(model, limits_of())
     stopped = engine.generate(
         [prompts[0]], Sampling(max_tokens=9, temperature=0, stop_token_ids=(third,), ignore_eos=True)
     )
@@ -208,14 +206,14 @@ def test_ends(model, prompts, plain):
 def test_log_probabilities_are_the_models(model, prompts):
     sampling = Sampling(max_tokens=4, temperature=0, logprobs=2, ignore_eos=True)
     for drafts in (0, 2):
-        (completion,) = Engine(model, Limits(draft_tokens=drafts)).generate([prompts[3]], sampling)
+        (completion,) = Engine(model, limits_of(draft_tokens=drafts)).generate([prompts[3]], sampling)
         assert len(completion.logprobs) == 4
         for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
             assert found.top[0] == (token, found.chosen)  # greedy takes the likeliest
 
 
 def test_streams_of_one_loop(model, prompts, plain):
-    engine = Engine(model, Limits(max_requests=2))
+    engine = Engine(model, limits_of(max_requests=2))
 
     async def one(prompt):
         return [token async for piece in engine.stream(prompt, GREEDY) for token in piece.token_ids]
@@ -247,7 +245,7 @@ def test_streams_of_one_loop(model, prompts, plain):
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(model, prompt, sampling, message):
-    engine = Engine(model)
+    engine = Engine(model, limits_of())
     with pytest.raises(ValueError, match=message):
         engine.generate([[5, 6], prompt], sampling)
     assert engine.is_idle
@@ -256,9 +254,9 @@ def test_bad_requests_are_refused_before_anything_runs(model, prompt, sampling, 
 
 def test_bad_limits_are_refused(model):
     with pytest.raises(ValueError, match="cache_bytes is 10; expected at least the"):
-        Engine(model, Limits(cache_bytes=10))
+        Engine(model, limits_of(cache_bytes=10))
     from dsv4.testing.toys import flash_like, toy_model
 
     portable = toy_model(flash_like(), backend="portable")
     with pytest.raises(ValueError, match="numerics is 'invariant' with the backend 'portable'"):
-        Engine(portable, Limits(numerics="invariant"))
+        Engine(portable, limits_of(numerics="invariant"))

@@ -17,8 +17,8 @@ from dsv4.engine.log import LoggedRequest, WriteAheadLog, recover
 SAMPLING = {"temperature": 0.1 + 0.2, "stop": ["\n\n", "naïve ∂"], "seed": None, "logit_bias": [[7, -1.5]], "top_k": 0}
 
 
-def request(id, prompt_ids, output_ids, sampling=SAMPLING, seed=11):
-    return LoggedRequest(id=id, prompt_ids=prompt_ids, sampling=sampling, seed=seed, output_ids=output_ids)
+def request(id, prompt_ids, output_ids, sampling=SAMPLING, seed=11, **more):
+    return LoggedRequest(id=id, prompt_ids=prompt_ids, sampling=sampling, seed=seed, output_ids=output_ids, **more)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def log(path):
 
 
 def fill(log):
-    """Three commits: a and b begin, c begins and ends, b ends."""
+    """Three commits: a and b begin, c begins; c ends and is taken, and b."""
     log.append_request("a", [5, 17, 5], SAMPLING, 2**63)
     log.append_request("b", [1], {}, 0)
     log.append_tokens([("a", 3), ("b", 4)])
@@ -42,8 +42,10 @@ def fill(log):
     log.append_tokens([("c", 8), ("a", 129_279), ("a", 0)])
     log.commit()
     log.append_end("c", "length")
+    log.append_taken("c")
     log.append_tokens([("b", 6), ("a", 9)])
     log.append_end("b", "stop")
+    log.append_taken("b")
     log.commit()
 
 
@@ -58,7 +60,7 @@ def test_a_log_that_is_not_there_has_nothing_to_resume(path):
     assert recover(path) == []
     assert not path.exists()
     with WriteAheadLog(path) as log:
-        assert log.unfinished == []
+        assert log.found == []
     assert recover(path) == []
 
 
@@ -79,10 +81,84 @@ def test_requests_come_back_in_the_order_they_came(log, path):
     for id in "zmab":
         log.append_request(id, [1], {}, 0)
     log.append_end("m", "cancelled")
-    log.append_request("m", [4], {}, 1)  # an id is free once its request has ended
+    log.append_taken("m")
+    log.append_request("m", [4], {}, 1)  # an id is free once its request was taken
     log.commit()
     assert [r.id for r in recover(path)] == ["z", "a", "b", "m"]
     assert recover(path)[-1].prompt_ids == [4]
+
+
+def test_a_request_that_ended_comes_back_until_it_is_taken(log, path):
+    log.append_request("a", [1], {}, 0)
+    log.append_request("b", [2], {}, 0, salt="0aff", has_mask=True)
+    log.append_tokens([("a", 5), ("b", 6)])
+    log.append_end("a", "length")
+    log.append_end("b", "error", "request b: its mask raised KeyError(3)")
+    log.commit()
+    wanted = [
+        request("a", [1], [5], {}, 0, finish="length"),
+        request("b", [2], [6], {}, 0, salt="0aff", has_mask=True, finish="error", error="request b: its mask raised "
+                "KeyError(3)"),
+    ]  # fmt: skip
+    assert recover(path) == wanted
+    log.close()
+    with WriteAheadLog(path) as again:
+        assert again.found == wanted == recover(path)
+        assert "a" in again
+        again.append_taken("a")
+        assert "a" not in again
+        assert recover(path) == wanted  # it was not committed
+        again.append_request("c", [3], {}, 0)
+        again.commit()
+        assert [r.id for r in recover(path)] == ["b", "c"]
+        again.append_taken("b")
+        again.append_end("c", "cancelled")
+    assert recover(path) == [request("c", [3], [], {}, 0, finish="cancelled")]  # closing has committed these
+
+
+def test_closing_commits_no_tokens(log, path):
+    """Of a step that failed in between, they may lack the end that comes with them."""
+    log.append_request("a", [1], {}, 0)
+    log.append_request("b", [1], {}, 0)
+    log.commit()
+    log.append_end("b", "cancelled")
+    log.append_tokens([("a", 5)])
+    log.close()
+    assert recover(path) == [request("a", [1], [], {}, 0), request("b", [1], [], {}, 0)]
+
+
+def test_closing_on_a_full_disk_is_a_warning(log, path, monkeypatch, caplog):
+    log.append_request("a", [1], {}, 0)
+    log.append_end("a", "cancelled")
+    log.commit()
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log.append_taken("a")
+    monkeypatch.setattr(os, "write", fail)
+    monkeypatch.setattr(os, "ftruncate", fail)
+    log.close()
+    assert str(path) in caplog.text
+    monkeypatch.undo()
+    assert [r.id for r in recover(path)] == ["a"]
+    WriteAheadLog(path).close()  # it is nobody's
+
+
+def test_log_probabilities_come_back_with_their_tokens(log, path):
+    """To the bit, also through a log that was made shorter."""
+    first, second = (-0.1 - 0.2, [(3, -0.1 - 0.2), (9, -2.0)]), (-1e-300, [])
+    log.append_request("a", [1], {"logprobs": 2}, 0)
+    log.append_request("b", [1], {}, 0)
+    log.append_tokens([("a", 3, first), ("b", 4)])
+    log.append_tokens([("a", 5, second)])
+    log.commit()
+    lists = [[first[0], [[3, first[0]], [9, -2.0]]], [-1e-300, []]]
+    wanted = [request("a", [1], [3, 5], {"logprobs": 2}, 0, logprobs=lists), request("b", [1], [4], {}, 0)]
+    assert recover(path) == wanted
+    log.close()
+    WriteAheadLog(path).close()
+    assert recover(path) == wanted
 
 
 def test_what_is_not_committed_is_not_there(log, path):
@@ -118,11 +194,11 @@ def test_strange_ids_and_texts_come_back(log, path):
 # Opening again
 
 
-def test_opening_keeps_the_unfinished_alone_and_goes_on_with_them(log, path):
+def test_opening_keeps_what_was_not_taken_alone_and_goes_on_with_it(log, path):
     fill(log)
     log.close()
     with WriteAheadLog(path) as again:
-        assert again.unfinished == [request("a", [5, 17, 5], [3, 129_279, 0, 9], seed=2**63)]
+        assert again.found == [request("a", [5, 17, 5], [3, 129_279, 0, 9], seed=2**63)]
         assert path.read_bytes().count(b"\n") == 2
         again.append_tokens([("a", 1)])
         again.append_request("b", [7], {}, 1)
@@ -132,8 +208,9 @@ def test_opening_keeps_the_unfinished_alone_and_goes_on_with_them(log, path):
         request("b", [7], [], {}, 1),
     ]
     with WriteAheadLog(path) as again:
-        again.append_end("a", "stop")
-        again.append_end("b", "stop")
+        for id in "ab":
+            again.append_end(id, "stop")
+            again.append_taken(id)
         again.commit()
     with WriteAheadLog(path):
         assert path.read_bytes().count(b"\n") == 1
@@ -149,6 +226,7 @@ def test_a_long_log_is_rewritten_while_in_use(path, monkeypatch):
             log.append_request(f"r{step}", [step], {}, 0)
             log.append_tokens([("stays", step), (f"r{step}", 0)])
             log.append_end(f"r{step}", "stop")
+            log.append_taken(f"r{step}")
             log.commit()
             written.append(step)
             if step % 50 == 0:
@@ -329,7 +407,7 @@ def test_damage_changes_nothing_on_the_disk_and_leaves_the_log_free(log, path):
     assert path.read_bytes() == spoilt
     path.rename(path.with_name("aside"))
     with WriteAheadLog(path) as again:
-        assert again.unfinished == []
+        assert again.found == []
 
 
 @pytest.mark.parametrize("text", [b"# a file of the user\n", b"{", b"\0" * 100, b"00000002 "], ids=repr)
@@ -346,12 +424,23 @@ def line(events):
 
 
 def test_another_version_is_refused(path):
-    path.write_bytes(line([["log", {"format": 2}]]))
-    with pytest.raises(ValueError, match=r'begins with \[\["log", {"format": 2}\]\]; expected .*"format": 1'):
+    path.write_bytes(line([["log", {"format": 1}]]))
+    with pytest.raises(ValueError, match=r'begins with \[\["log", {"format": 1}\]\]; expected .*"format": 2'):
         WriteAheadLog(path)
 
 
-@pytest.mark.parametrize("events", [[["tokens", [["x", 1]]]], [["end", "x", "stop"]], [["other"]], [["tokens", 5]], 7])
+NONSENSE = [
+    [["tokens", [["x", 1]]]],
+    [["end", "x", "stop", None]],
+    [["taken", "x"]],
+    [["request", {"id": "x"}]],
+    [["other"]],
+    [["tokens", 5]],
+    7,
+]
+
+
+@pytest.mark.parametrize("events", NONSENSE, ids=repr)
 def test_a_commit_that_makes_no_sense_is_refused(log, path, events):
     log.close()
     size = path.stat().st_size
@@ -365,12 +454,14 @@ def test_a_commit_that_makes_no_sense_is_refused(log, path, events):
 
 def test_refusals(log, path):
     fill(log)
-    with pytest.raises(ValueError, match="request id is 'a'; expected one that is not in the log"):
+    with pytest.raises(ValueError, match="request id is 'a'; expected one that is not in the log, or was taken"):
         log.append_request("a", [1], {}, 0)
     with pytest.raises(ValueError, match="request id is 'b'; expected one that is in the log"):
         log.append_tokens([("a", 1), ("b", 2)])
     with pytest.raises(ValueError, match="request id is 'x'"):
         log.append_end("x", "stop")
+    with pytest.raises(ValueError, match="request id is 'a'; expected one that has ended and was not taken"):
+        log.append_taken("a")
     for sampling in ({"a": float("nan")}, {"a": object()}, {1: 2}, {"a": {"b": {3: 4}}}, {"a": {5}}):
         with pytest.raises(ValueError, match=r"sampling is .*; expected what JSON gives back"):
             log.append_request("x", [1], sampling, 0)
@@ -453,10 +544,11 @@ def test_a_full_disk_loses_nothing_that_was_committed(log, path, monkeypatch, ro
         assert path.read_bytes() == before
         left[0] = room
     log.append_end("a", "cancelled")
+    log.append_taken("a")
     monkeypatch.undo()
     log.append_request("d", [3], {}, 0)
     log.commit()  # all that was appended since the last one
-    assert b'["tokens", [["a", 77]]], ["end", "a", "cancelled"]' in path.read_bytes()
+    assert b'["tokens", [["a", 77]]], ["end", "a", "cancelled", null], ["taken", "a"]' in path.read_bytes()
     assert [r.id for r in recover(path)] == ["d"]
 
 
@@ -492,7 +584,7 @@ def test_a_failed_commit_that_cannot_be_cut_off_closes_the_log(log, path, monkey
     with pytest.raises(ValueError, match="is closed"):
         log.commit()
     with WriteAheadLog(path) as again:
-        assert [r.id for r in again.unfinished] == ["a"]
+        assert [r.id for r in again.found] == ["a"]
 
 
 def is_open(descriptor):
@@ -525,7 +617,7 @@ def test_opening_on_a_full_disk(log, path, monkeypatch):
     assert sorted(entry.name for entry in path.parent.iterdir()) == [path.name, f"{path.name}.lock"]
     monkeypatch.undo()
     with WriteAheadLog(path) as again:
-        assert [r.id for r in again.unfinished] == ["a"]
+        assert [r.id for r in again.found] == ["a"]
 
 
 LIMITED = """
@@ -573,7 +665,7 @@ def write_a_part(descriptor, data):
 os.write = write_a_part
 chance = random.Random(int(sys.argv[2]))
 with WriteAheadLog(sys.argv[1]) as log:
-    lengths = {request.id: len(request.output_ids) for request in log.unfinished}
+    lengths = {request.id: len(request.output_ids) for request in log.found}
     next_id = int(sys.argv[3])
     while True:
         if len(lengths) < 3:
@@ -589,6 +681,7 @@ with WriteAheadLog(sys.argv[1]) as log:
         if chance.random() < 0.1:
             ended = chance.choice(list(lengths))
             log.append_end(ended, "stop")
+            log.append_taken(ended)
             del lengths[ended]
         log.commit()
         print(next_id, *(f"{id}:{length}" for id, length in lengths.items()), flush=True)

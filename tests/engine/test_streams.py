@@ -1,0 +1,164 @@
+"""Streams of one event loop: each gets its own pieces, and whatever stops the steps reaches all who wait."""
+
+import asyncio
+import time
+
+import pytest
+
+from dsv4.config.sampling import Sampling
+from dsv4.engine.engine import Engine
+from dsv4.engine.streams import StepError
+
+PROMPTS = [[0, 3, 4], [0, 5] * 70, [0, 7, 7, 2], [0, 9]]
+SAMPLING = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
+
+
+async def tokens_of(engine, prompt, sampling=SAMPLING):
+    return [token async for piece in engine.stream(prompt, sampling) for token in piece.token_ids]
+
+
+async def gather(*streams):
+    """Results and errors, of streams that all end by themselves."""
+    return await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 60)
+
+
+class BrokenError(Exception):
+    """Raised in the place of a step."""
+
+
+def break_after(engine, monkeypatch, num_steps, error):
+    """Let the engine's steps fail once, after so many."""
+    run, left = engine.runner.run, iter([*range(num_steps), None])
+
+    def failing(*arguments):
+        if next(left, 0) is None:
+            raise error
+        return run(*arguments)
+
+    monkeypatch.setattr(engine.runner, "run", failing)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_a_step_that_fails_reaches_every_stream_with_its_cause(tiny, small, monkeypatch, num_steps):
+    engine, error = Engine(tiny, small(max_requests=2, step_tokens=64)), BrokenError("no more")
+    plain = engine.generate(PROMPTS, SAMPLING)
+    break_after(engine, monkeypatch, num_steps, error)
+
+    async def fail_and_go_on():
+        failed = await gather(*(tokens_of(engine, prompt) for prompt in PROMPTS))
+        return failed, await gather(*(tokens_of(engine, prompt) for prompt in PROMPTS))
+
+    failed, again = asyncio.run(fail_and_go_on())
+    assert [type(found) for found in failed] == [StepError] * 4
+    assert len(set(map(id, failed))) == 4  # of its own each, so that no traceback grows by another's
+    assert all(found.__cause__ is error for found in failed)
+    assert again == [completion.token_ids for completion in plain]
+    assert engine.is_idle
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 5, 20])
+def test_steps_that_were_cancelled_reach_every_stream(tiny, small, num_turns):
+    """Before the first of them, and in the middle of one."""
+    engine = Engine(tiny, small())
+
+    async def cancelled():
+        streams = [asyncio.create_task(tokens_of(engine, prompt)) for prompt in PROMPTS]
+        while engine._streams._driver is None:
+            await asyncio.sleep(0)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        engine._streams._driver.cancel()
+        return await gather(*streams)
+
+    found = asyncio.run(cancelled())
+    assert [type(error.__cause__) for error in found] == [asyncio.CancelledError] * 4
+    assert engine.is_idle
+
+
+def test_a_step_that_runs_on_is_waited_for(tiny, small, monkeypatch):
+    """Requests leave an engine whose steps were cancelled only when it stands still."""
+    engine, now = Engine(tiny, small()), []
+    run, drop = engine.runner.run, engine.drop
+
+    def slowly(*arguments):
+        now.append("step")
+        time.sleep(0.1)
+        found = run(*arguments)
+        now.pop()
+        return found
+
+    def check(id):
+        assert now == []
+        drop(id)
+
+    monkeypatch.setattr(engine.runner, "run", slowly)
+    monkeypatch.setattr(engine, "drop", check)
+
+    async def cancelled():
+        stream = asyncio.create_task(tokens_of(engine, PROMPTS[0]))
+        while not now:
+            await asyncio.sleep(0)
+        engine._streams._driver.cancel()
+        return await gather(stream)
+
+    (found,) = asyncio.run(cancelled())
+    assert isinstance(found, StepError)
+    assert engine.is_idle
+
+
+def test_what_the_log_cannot_take_reaches_every_stream(tiny, small, tmp_path, monkeypatch):
+    engine = Engine(tiny, small(log=str(tmp_path / "log")))
+    commit, left = engine._journal.commit, iter(range(7))
+
+    def fail():
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        commit()
+
+    async def full():
+        monkeypatch.setattr(engine._journal, "commit", fail)
+        failed = await gather(*(tokens_of(engine, prompt) for prompt in PROMPTS))
+        monkeypatch.setattr(engine._journal, "commit", commit)
+        return failed, await gather(*(tokens_of(engine, prompt) for prompt in PROMPTS))
+
+    with engine:
+        failed, again = asyncio.run(full())
+        assert all(isinstance(found.__cause__, OSError) for found in failed)
+        assert [len(tokens) for tokens in again] == [12] * 4
+    with Engine(tiny, small(log=str(tmp_path / "log"))) as engine:
+        assert engine.resume() == []
+
+
+def test_a_stream_whose_request_is_cancelled_ends(tiny, small):
+    engine = Engine(tiny, small())
+
+    async def one():
+        pieces = []
+        async for piece in engine.stream(PROMPTS[0], SAMPLING):
+            pieces.append(piece)
+            if len(pieces) == 3:
+                engine.cancel(piece.id)
+        return pieces
+
+    (pieces,) = asyncio.run(gather(one()))
+    assert pieces[-1].finish == "cancelled"
+    assert engine.is_idle
+
+
+def test_a_stream_that_is_left_is_forgotten_also_by_the_log(tiny, small, tmp_path):
+    limits = small(log=str(tmp_path / "log"))
+
+    async def leave():
+        stream = engine.stream(PROMPTS[0], SAMPLING)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    with Engine(tiny, limits) as engine:
+        asyncio.run(leave())
+        assert engine.is_idle
+        with pytest.raises(KeyError):
+            engine.completion("request-0")
+    with Engine(tiny, limits) as engine:
+        assert engine.resume() == []
