@@ -10,23 +10,30 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dsv4.accounting.tensors import TensorSpec, inventory
+from dsv4.checkpoint.leave import leave_in_files
 from dsv4.checkpoint.names import released_tensors
 from dsv4.checkpoint.save import INDEX
+from dsv4.checkpoint.tensor_file import TensorFile
 from dsv4.config.load import load_config
 from dsv4.model.transformer import Transformer
 from dsv4.ops.backend import BackendChoice
 
 Precision = Literal["float32", "bfloat16"]
+Weights = Literal["memory", "mapped"]
 
 SINGLE = "model.safetensors"  # the one file of a checkpoint without an index
 PROBLEMS_SHOWN = 20
 
 
 def load_model(
-    directory: str | os.PathLike[str], precision: Precision = "float32", *, backend: BackendChoice = "auto"
+    directory: str | os.PathLike[str],
+    precision: Precision = "float32",
+    *,
+    weights: Weights = "memory",
+    expert_bytes: int | None = None,
+    backend: BackendChoice = "auto",
 ) -> Transformer:
     """Load a checkpoint directory and return the model in eval mode.
 
@@ -34,9 +41,18 @@ def load_model(
     bfloat16, with the float32 islands of the released code. The directory holds ``config.json`` and
     safetensors files, with or without an index; a tensor that is missing, unknown, misshapen, of another
     dtype or truncated is a ``ValueError`` that lists every such tensor.
+
+    weights: ``mapped`` leaves them in the files, which must stay as they are: a page is read when it is used,
+    and given up when memory is short. Only what is stored in another dtype than asked for is copied; routed
+    experts are cast where they are used. expert_bytes: routed experts are read into a pool of at most so many
+    bytes, from the files or, with ``memory``, from CPU memory into a pool that an accelerator computes from.
+    Either is for inference only.
     """
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+    for name, value, known in (("precision", precision, Precision), ("weights", weights, Weights)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(known))}")
+    if expert_bytes is not None and expert_bytes < 1:
+        raise ValueError(f"expert_bytes is {expert_bytes}; expected at least 1, or None for no pool")
     root = Path(directory)
     if not root.is_dir():
         raise ValueError(f"directory is {root}; expected a directory with config.json and safetensors files")
@@ -51,13 +67,17 @@ def load_model(
     # What the tensors are counts, not what the config says of them: widened copies often keep its quantisation.
     _check(root, files, inventory(replace(config, storage="float32")))
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    opened = [TensorFile(root / file) for file in sorted(set(files.values()))]
+    if weights == "mapped" or expert_bytes is not None:
+        return leave_in_files(
+            config, opened, dtype, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
+        )
     model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
     targets = dict(released_tensors(model))
-    for file in sorted(set(files.values())):
-        with safe_open(root / file, framework="pt") as shard:
-            names = shard.keys()
-            for name in names:
-                targets[name].copy_(shard.get_tensor(name))
+    for file in opened:
+        for name in file.tensors:
+            file.load_(name, targets[name])
+        file.close()
     return model.eval()
 
 
@@ -81,13 +101,9 @@ def _files(root: Path) -> dict[str, str]:
 
 def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each tensor of a file, from its header. The file's length is checked against it."""
-    try:
-        with safe_open(path, framework="pt") as shard:
-            names = shard.keys()
-            parts = {name: shard.get_slice(name) for name in names}
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"file {path} cannot be read as safetensors: {error}") from error
+    file = TensorFile(path)
+    file.close()
+    return {name: (stored.shape, stored.dtype) for name, stored in file.tensors.items()}
 
 
 def _check(root: Path, files: dict[str, str], specs: Iterable[TensorSpec]) -> None:
@@ -107,7 +123,8 @@ def _check(root: Path, files: dict[str, str], specs: Iterable[TensorSpec]) -> No
             found[name] = shape_and_dtype
     problems += [f"{name}: missing" for name in expected if name not in found]
     problems += [f"{name}: unknown tensor" for name in found if name not in expected]
-    problems += [f"{name}: in the index, but in no file" for name in files if name not in found | expected]
+    known = found.keys() | expected.keys()
+    problems += [f"{name}: in the index, but in no file" for name in files if name not in known]
     for name, (shape, dtype) in found.items():
         spec = expected.get(name)
         if spec is None:

@@ -13,11 +13,22 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dsv4.model.expert_store import StoredExperts
+
 _STACKED = re.compile(r"(.*\.experts)\.(w[123])$")
 
 
+def expert_names(experts: str, expert: int) -> tuple[str, str, str]:
+    """Return the released names of w1, w2 and w3 of one of the experts that a module holds, by the module's name."""
+    w1, w2, w3 = (f"{experts}.{expert}.{w}.weight" for w in ("w1", "w2", "w3"))
+    return w1, w2, w3
+
+
 def released_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every released name with the part of the model it names, a view that can be read or filled."""
+    """Yield every released name with the part of the model it names, a view that can be read or filled.
+
+    Experts that are no parameters come last, as they are stored, and are not to be filled.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor = tensor.detach()
         stacked = _STACKED.match(name)
@@ -26,3 +37,7 @@ def released_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         else:
             for expert in range(tensor.shape[0]):
                 yield f"{stacked[1]}.{expert}.{stacked[2]}.weight", tensor[expert]
+    for name, module in model.named_modules():
+        if isinstance(module, StoredExperts):
+            for expert in range(module.sizes[0]):
+                yield from zip(expert_names(name, expert), module.source.tensors(expert), strict=True)

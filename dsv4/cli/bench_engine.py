@@ -25,10 +25,11 @@ from dsv4.cli.bench_setup import (
     notes,
     open_model,
     random_prompts,
+    resident_bytes,
     save,
 )
 from dsv4.cli.format import gibibytes
-from dsv4.cli.models import find_model, find_tokenizer
+from dsv4.cli.models import RESIDENCE, Residence, find_model, find_tokenizer
 from dsv4.config.engine import Limits, Numerics
 from dsv4.config.sampling import Sampling
 from dsv4.train.words import plural
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from dsv4.engine.engine import Engine
     from dsv4.model.transformer import Transformer
 
-WARM_UP_TOKENS = 2  # of output, before anything is measured
+WARM_UP_TOKENS = 6  # of output, before anything is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def bench_engine(
     draft_tokens: tuple[int, ...] = (0,),
     temperature: float = 0.0,
     text: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    residence: Annotated[Residence, tyro.conf.arg(name="")] = RESIDENCE,
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
 ) -> None:
     """Measure throughput, times and memory of the engine, in each combination of the lengths and options given.
@@ -94,8 +96,9 @@ def bench_engine(
     sampling = Sampling(max_tokens=output_tokens, temperature=temperature, ignore_eos=True, seed=options.seed)
     console = notes()
     with console.status("preparing"):
-        transformer = open_model(model, options)
+        transformer = open_model(model, options, residence)
     results = heading("engine", model, transformer, options)
+    results |= {"weights_are": residence.weights, "expert_bytes": residence.expert_bytes}
     found: list[dict[str, Any]] = []
     results |= {"prompts": "random" if text is None else str(text), "temperature": temperature, "cases": found}
     for case in cases:
@@ -158,10 +161,16 @@ def _measure(
         warm = random_prompts(transformer.config, 1, min(case.prompt_tokens, options.step_tokens), options.seed + 1)
         few = min(case.output_tokens, WARM_UP_TOKENS)
         engine.generate(warm, Sampling(max_tokens=few, temperature=sampling.temperature, ignore_eos=True, seed=0))
-        meter = Meter(engine, time.perf_counter)
+        meter, pool = Meter(engine, time.perf_counter), transformer.expert_pool
+        before = None if pool is None else pool.counts
         speed = run_requests(meter, prompts, sampling, concurrency=case.concurrency)
-    peak = peak_memory_bytes(transformer.embed.weight.device)
-    return asdict(speed) | {"acceptance": speed.acceptance, "peak_memory_bytes": peak}
+    found = asdict(speed) | {"acceptance": speed.acceptance, "resident_memory_bytes": resident_bytes()}
+    found["peak_memory_bytes"] = peak_memory_bytes(transformer.embed.weight.device)
+    if pool is not None and before is not None:
+        counts, num_tokens = pool.counts.since(before), speed.total_prompt_tokens + speed.total_output_tokens
+        found |= {"expert_pool_bytes": pool.memory.nbytes, "expert_bytes_per_token": counts.bytes_read / num_tokens}
+        found |= {"expert_hits": counts.hits, "expert_misses": counts.misses, "expert_bytes_read": counts.bytes_read}
+    return found
 
 
 def _limits(case: Case, options: Options) -> Limits:
@@ -201,7 +210,8 @@ def _key(case: dict[str, Any]) -> tuple[object, ...]:
 def _print(cases: list[Case], results: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(describe(results), soft_wrap=True, markup=False)
-    for title, columns in TABLES.items():
+    has_pool = any("expert_hits" in case for case in results["cases"])
+    for title, columns in (TABLES | EXPERT_TABLE if has_pool else TABLES).items():
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("prompt + output\nx at once")
         for name in columns:
@@ -240,6 +250,16 @@ TABLES = {
         "cache used,\nbytes": lambda c: f"{c['cache_used_bytes']:,}",
         "predicted,\nbytes": lambda c: f"{c['cache_predicted_bytes']:,}",
         "cache\nallocated": lambda c: gibibytes(c["cache_allocated_bytes"]),
+        "process,\nnow": lambda c: gibibytes(c["resident_memory_bytes"]),
         "process, at\nmost so far": lambda c: gibibytes(c["peak_memory_bytes"]),
     },
+}
+
+EXPERT_TABLE = {
+    "Experts, a layer and step at a time": {
+        "found in\nthe pool": lambda c: f"{c['expert_hits']:,}",
+        "read": lambda c: f"{c['expert_misses']:,}",
+        "read,\nbytes a token": lambda c: f"{c['expert_bytes_per_token']:,.0f}",
+        "pool": lambda c: gibibytes(c["expert_pool_bytes"]),
+    }
 }

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
+from dsv4.accounting.parameters import parameters
 from dsv4.cli import models
-from dsv4.cli.models import Precision, find_model, on_device
+from dsv4.cli.models import RESIDENCE, Precision, Residence, find_model, on_device
 from dsv4.config.engine import EngineCacheFormat
 from dsv4.config.files import write_then_rename
 from dsv4.config.model import ModelConfig
@@ -81,18 +82,23 @@ def model_config(model: str) -> ModelConfig:
     return preset(model) if is_preset(model) else load_config(find_model(Path(model)))
 
 
-def open_model(model: str, options: Options) -> Transformer:
+def open_model(model: str, options: Options, residence: Residence = RESIDENCE) -> Transformer:
     """Return a preset with random weights, or the model in a folder, on this machine's accelerator if it has one."""
     import torch
 
     from dsv4.cli.process import keep_freed_memory
 
+    if is_preset(model) and residence != RESIDENCE:
+        raise ValueError(
+            f"--weights is {residence.weights} and --expert-bytes {residence.expert_bytes} with the preset {model}; "
+            "expected the folder of a run or checkpoint: a preset is in no file"
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     if is_preset(model):
         return random_model(preset(model), options)
-    return models.open_model(find_model(Path(model)), options.precision)
+    return models.open_model(find_model(Path(model)), options.precision, residence)
 
 
 def random_model(config: ModelConfig, options: Options) -> Transformer:
@@ -127,7 +133,7 @@ def heading(benchmark: str, model: str, transformer: Transformer, options: Optio
         "date": date.today().isoformat(),
         "model": model,
         "weights": "random" if is_preset(model) else "trained",
-        "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+        "parameters": parameters(transformer.config).with_mtp.total,
         "precision": options.precision,
         "cache_format": options.cache_format,
         "step_tokens": options.step_tokens,

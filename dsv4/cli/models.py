@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,8 +10,22 @@ if TYPE_CHECKING:
     from dsv4.model.transformer import Transformer
 
 Precision = Literal["float32", "bfloat16"]
+Weights = Literal["memory", "mapped"]
 
 TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residence:
+    """Where the weights are while the model runs."""
+
+    weights: Weights = "memory"
+    """mapped: in the checkpoint's files, of which the system reads what is used; they may be larger than memory."""
+    expert_bytes: int | None = None
+    """Read routed experts when they are used, and keep the most used ones in so many bytes at most."""
+
+
+RESIDENCE = Residence()
 
 
 def find_model(path: Path) -> Path:
@@ -41,11 +56,31 @@ def find_tokenizer(model: Path) -> Path:
     raise ValueError(f"{TOKENIZER} is missing; expected it in {' or '.join(map(str, places))}")
 
 
-def open_model(directory: Path, precision: Precision) -> Transformer:
+def check_residence(residence: Residence) -> None:
+    """Raise ``ValueError`` for what would have no effect on this machine, or cannot be."""
+    import torch
+
+    has_accelerator = torch.accelerator.current_accelerator() is not None
+    if residence.expert_bytes is not None and residence.expert_bytes < 1:
+        raise ValueError(f"--expert-bytes is {residence.expert_bytes}; expected at least 1")
+    if residence.weights == "memory" and residence.expert_bytes is not None and not has_accelerator:
+        raise ValueError(
+            f"--expert-bytes is {residence.expert_bytes} with --weights memory; expected --weights mapped: without an "
+            "accelerator experts would be copied from memory to memory"
+        )
+    if residence.weights == "mapped" and residence.expert_bytes is None and has_accelerator:
+        raise ValueError(
+            "--weights mapped is given without --expert-bytes; expected both: an accelerator computes with experts in "
+            "its own memory"
+        )
+
+
+def open_model(directory: Path, precision: Precision, residence: Residence = RESIDENCE) -> Transformer:
     """Load a model."""
     from dsv4.checkpoint.load import load_model
 
-    return on_device(load_model(directory, precision))
+    check_residence(residence)
+    return on_device(load_model(directory, precision, weights=residence.weights, expert_bytes=residence.expert_bytes))
 
 
 def on_device(model: Transformer) -> Transformer:

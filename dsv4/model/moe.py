@@ -7,14 +7,18 @@ from torch import nn
 
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
+from dsv4.model.expert_store import StoredExperts
 from dsv4.model.linear import Linear
 from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
 from dsv4.ops import route
+from dsv4.ops.backend import Backend
 from dsv4.ops.balance import balance
 from dsv4.ops.experts import experts, experts_with_shared, swiglu
+from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear
+from dsv4.ops.lookup import lookup
 
 
 class Router(nn.Module):
@@ -40,7 +44,8 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, D], T counting all rows' tokens; returns experts [T, A] int64 and weights [T, A] float32."""
         if call.places is not None:
-            chosen = None if self.tid2eid is None else self.tid2eid[call.token_ids.flatten()]
+            table = self.tid2eid
+            chosen = None if table is None else lookup(table, call.token_ids.flatten(), backend=call.backend)
             logits = linear(x, self.weight, wide=True, backend=call.backend)  # [T, E]
             return route.route(
                 logits, self.bias, chosen, self.experts_per_token, self.routed_scale, backend=call.backend
@@ -78,6 +83,25 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(E, D, F_, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(E, F_, D, dtype=dtype))
 
+    def run(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, limit: float, backend: Backend
+    ) -> torch.Tensor:
+        """See ``ops.experts.experts``."""
+        return experts(x, chosen, weights, self.w1, self.w2, self.w3, limit, backend=backend)
+
+    def run_with_shared(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        shared: Matrices,
+        limit: float,
+        backend: Backend,
+    ) -> torch.Tensor:
+        """See ``ops.experts.experts_with_shared``."""
+        routed = (self.w1, self.w2, self.w3)
+        return experts_with_shared(x, chosen, weights, routed, shared, limit, backend=backend)
+
 
 class SharedExpert(nn.Module):
     """The expert every token passes, clamped like the routed ones."""
@@ -103,17 +127,16 @@ class MoE(nn.Module):
         super().__init__()
         self.limit = config.moe.swiglu_limit
         self.gate = Router(config, is_hash, dtype)
-        self.experts = Experts(config, dtype)
+        self.experts: Experts | StoredExperts = Experts(config, dtype)
         self.shared_experts = SharedExpert(config, dtype)
 
     def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> torch.Tensor:
         """x: [B, T, D], normalised; returns [B, T, D]."""
         flat = x.flatten(0, 1)  # [B * T, D]
         chosen, weights = self.gate(flat, call, record)
-        w, shared = self.experts, self.shared_experts
+        shared = self.shared_experts
         if call.places is not None:
             own = (shared.w1.weight, shared.w2.weight, shared.w3.weight)
-            y = experts_with_shared(flat, chosen, weights, (w.w1, w.w2, w.w3), own, self.limit, backend=call.backend)
-            return y.view(x.shape)
-        routed = experts(flat, chosen, weights, w.w1, w.w2, w.w3, self.limit, backend=call.backend)
+            return self.experts.run_with_shared(flat, chosen, weights, own, self.limit, call.backend).view(x.shape)
+        routed = self.experts.run(flat, chosen, weights, self.limit, call.backend)
         return (routed + shared(flat, call)).to(x.dtype).view(x.shape)

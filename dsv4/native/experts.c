@@ -16,9 +16,11 @@ typedef struct {
     int32_t *row;   // of each slot
 } Groups;
 
-// Count and place the slots. With a shared expert, number E, it has a last group of all tokens.
-static int group(Groups *to, long T, long A, long E, const int64_t *chosen, const float *weights, int shared) {
-    long rows = T * (A + shared);
+// Count and place the slots whose expert is here, that is, has an address; the row of others is -1. The shared expert,
+// number E, has a last group of all tokens.
+static int group(Groups *to, long T, long A, long E, const int64_t *chosen, const float *weights,
+                 const void *const *here) {
+    long rows = T * (A + 1);
     to->expert = malloc(4 * (2 * E + 3 + 3 * rows) + 4);
     int32_t *next = calloc(E + 1, 4);
     if (!to->expert || !next) abort();
@@ -34,7 +36,7 @@ static int group(Groups *to, long T, long A, long E, const int64_t *chosen, cons
     }
     int32_t start = 0;
     for (long expert = 0; fits && expert < E; expert++) {
-        int32_t count = next[expert];
+        int32_t count = here[expert] ? next[expert] : 0;
         next[expert] = start;
         if (!count) continue;
         to->expert[to->groups] = expert;
@@ -42,17 +44,19 @@ static int group(Groups *to, long T, long A, long E, const int64_t *chosen, cons
         start += count;
     }
     for (long slot = 0; fits && slot < T * A; slot++) {
-        int32_t row = next[chosen[slot]]++;
+        int32_t row = here[chosen[slot]] ? next[chosen[slot]]++ : -1;
+        to->row[slot] = row;
+        if (row < 0) continue;
         to->token[row] = slot / A;
         to->factor[row] = weights[slot];
-        to->row[slot] = row;
     }
-    if (shared) {
+    if (here[E]) {
         to->expert[to->groups] = E;
-        to->begin[to->groups++] = T * A;
-        for (long t = 0; t < T; t++) to->token[T * A + t] = t, to->factor[T * A + t] = 1.0f;
+        to->begin[to->groups++] = start;
+        for (long t = 0; t < T; t++) to->token[start + t] = t, to->factor[start + t] = 1.0f;
+        start += T;
     }
-    to->begin[to->groups] = rows;
+    to->begin[to->groups] = start;
     free(next);
     return fits;
 }
@@ -90,23 +94,26 @@ static void add(float *restrict total, const float *restrict y, long n, int is_b
     for (long i = 0; i < n; i++) total[i] += rounded(y[i], is_bfloat16);
 }
 
-// x: [T, D]; chosen: [T, A]; weights: [T, A]. w1, w2 and w3 hold an address for each of E experts: [F, D], [D, F] and
-// [F, D], and with ``shared`` one more, of the expert of all tokens. out: [T, D] float32, each token's experts added in
-// the order of its choices; with ``shared``, in the dtype of x, that expert added last and the sum rounded once.
+// x: [T, D]; chosen: [T, A]; weights: [T, A]. w1, w2 and w3 hold an address for each of E experts, [F, D], [D, F] and
+// [F, D], and one more for the expert of all tokens, or null. out: [T, D] float32, each token's experts added in the order
+// of its choices; with the expert of all tokens, in the dtype of x, that one added last and the sum rounded once.
+// ``apart``: nothing is added up. out: [T, A + 1, D] in the dtype of x, of each choice its own row, and of the expert of
+// all tokens the last; rows of experts without an address stay as they are.
 // A choice outside 0 .. E - 1 only sets wrong.
-void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int w_is_bfloat16, int shared, int threads,
-                  float limit, const void *x, const int64_t *chosen, const float *weights, const void *const *w1,
-                  const void *const *w2, const void *const *w3, void *out, long *wrong) {
+void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int w_is_bfloat16, int shared_is_bfloat16,
+                  int apart, int threads, float limit, const void *x, const int64_t *chosen, const float *weights,
+                  const void *const *w1, const void *const *w2, const void *const *w3, void *out, long *wrong) {
     Groups by;
-    *wrong = !group(&by, T, A, E, chosen, weights, shared);
+    *wrong = !group(&by, T, A, E, chosen, weights, w1);
     if (*wrong) {
         free(by.expert);
         return;
     }
-    long rows = T * (A + shared), size = x_is_bfloat16 ? 2 : 4, parts = (F + SPAN - 1) / SPAN;
+    long rows = by.begin[by.groups], size = x_is_bfloat16 ? 2 : 4, parts = (F + SPAN - 1) / SPAN;
     long items = by.groups * parts, run = T <= FEW ? (items + threads - 1) / threads : 1;
-    long width = T <= FEW ? whole((D + threads - 1) / threads) : SPAN_BACK, out_is_bfloat16 = shared && x_is_bfloat16;
-    void *hidden = malloc(rows * F * size);
+    long width = T <= FEW ? whole((D + threads - 1) / threads) : SPAN_BACK;
+    int shared = w1[E] != 0, out_is_bfloat16 = shared && x_is_bfloat16;
+    void *hidden = malloc(rows * F * size + 1);
     if (!hidden) abort();
 #pragma omp parallel num_threads(threads)
     {
@@ -114,7 +121,7 @@ void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int
         for (long item = 0; item < items; item++) {
             long g = item / parts, f0 = item % parts * SPAN, e = by.expert[g];
             hide(hidden, &by, g, f0, f0 + SPAN < F ? f0 + SPAN : F, D, F, rows_of(x, D, x_is_bfloat16), w1[e], w3[e],
-                 w_is_bfloat16, limit);
+                 e == E ? shared_is_bfloat16 : w_is_bfloat16, limit);
         }
         float *y = malloc(4 * (rows + 1) * width), *total = y + rows * width;
         if (!y) abort();
@@ -122,14 +129,22 @@ void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int
         for (long d0 = 0; d0 < D; d0 += width) {
             long n = D - d0 < width ? D - d0 : width;
             for (long g = 0; g < by.groups; g++) {
-                Matrix w = from_row(rows_of(w2[by.expert[g]], F, w_is_bfloat16), d0);
+                long e = by.expert[g];
+                Matrix w = from_row(rows_of(w2[e], F, e == E ? shared_is_bfloat16 : w_is_bfloat16), d0);
                 Matrix h = from_row(rows_of(hidden, F, x_is_bfloat16), by.begin[g]);
                 dsv4_products(y + by.begin[g] * width, width, h, by.begin[g + 1] - by.begin[g], w, n, F, 1);
             }
-            for (long t = 0; t < T; t++) {
+            const float *last = y + (shared ? rows - T : 0) * width; // of the expert of all tokens
+            for (long t = 0; t < T && apart; t++) {
+                for (long a = 0; a < A; a++)
+                    if (by.row[t * A + a] >= 0)
+                        write_row(out, (t * (A + 1) + a) * D + d0, y + by.row[t * A + a] * width, n, x_is_bfloat16);
+                if (shared) write_row(out, (t * (A + 1) + A) * D + d0, last + t * width, n, x_is_bfloat16);
+            }
+            for (long t = 0; t < T && !apart; t++) {
                 memset(total, 0, 4 * n);
                 for (long a = 0; a < A; a++) add(total, y + by.row[t * A + a] * width, n, x_is_bfloat16);
-                if (shared) add(total, y + (T * A + t) * width, n, x_is_bfloat16);
+                if (shared) add(total, last + t * width, n, x_is_bfloat16);
                 write_row(out, t * D + d0, total, n, out_is_bfloat16);
             }
         }

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from dsv4.native import wants_gradient
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.experts import native, portable, reference
-from dsv4.ops.experts.portable import Matrices
+from dsv4.ops.experts.store import ExpertStore, Matrices
 from dsv4.ops.shapes import Shapes, check_integer
 
 
@@ -74,6 +75,58 @@ def experts_with_shared(
         native=native.experts_with_shared,
     )
     return run(x, chosen, weights, routed, shared, limit)
+
+
+def stored_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    limit: float,
+    *,
+    shared: Matrices | None = None,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Return what ``experts``, or with a shared expert ``experts_with_shared``, does with the experts of a store.
+
+    No gradient passes. Each expert is asked for once, whatever the number of tokens, and a token's experts are added up
+    in the order of its choices. With ``native`` and a shared expert that gives the same bits; elsewhere as far as
+    torch's products do, whose last bits may depend on where in memory a matrix begins.
+    """
+    _check_stored(x, chosen, weights, store, shared)
+    if wants_gradient(x, weights, *(shared or ())):
+        raise ValueError("x, weights or shared asks for a gradient; expected none: experts of a store give none")
+    if x.device != store.device:
+        raise ValueError(f"x is on {x.device}; expected {store.device}, where the store's experts are")
+    run = pick(
+        backend,
+        reference=reference.stored_experts,
+        portable=portable.stored_experts,
+        native=native.stored_experts,
+    )
+    return run(x, chosen, weights, store, limit, shared)
+
+
+def _check_stored(
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, store: ExpertStore, shared: Matrices | None
+) -> None:
+    """Check the shapes, by comparing numbers where they fit, as ``_check`` does."""
+    _, F, D = store.sizes
+    given = (x.shape, chosen.shape, weights.shape, *(w.shape for w in shared or ()))
+    if x.dim() == chosen.dim() == 2 and chosen.dtype == torch.int64:
+        T, A = chosen.shape
+        wanted = (T, D), (T, A), (T, A), (F, D), (D, F), (F, D)
+        if all(shape == size for shape, size in zip(given, wanted, strict=False)):
+            return
+    shapes = Shapes()
+    shapes.check("x", x, "T D")
+    shapes.check("chosen", chosen, "T A")
+    shapes.check("weights", weights, "T A")
+    check_integer("chosen", chosen)
+    if x.shape[1] != D:
+        raise ValueError(f"x has shape {list(x.shape)}; expected [T, D] with D = {D} (from the store)")
+    found = [list(shape) for shape in given[3:]]
+    raise ValueError(f"shared has shapes {found}; expected [F, D], [D, F] and [F, D] with F = {F} and D = {D}")
 
 
 def _check(

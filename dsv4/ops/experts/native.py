@@ -7,6 +7,7 @@ token's bits do not depend on the tokens beside it, nor on the number of threads
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv4 import native
 from dsv4.ops.experts import portable
-from dsv4.ops.experts.portable import Matrices
+from dsv4.ops.experts.store import Addresses, ExpertStore, Matrices, Table, needed
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -71,12 +72,63 @@ def experts_with_shared(
     return portable.join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
 
 
+def stored_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    limit: float,
+    shared: Matrices | None,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.stored_experts``."""
+    if shared is None or not _is_fixed(x, weights, *shared) or not _has_kernel(store):
+        activation = _ACTIVATION if native.serves(x) else portable.ACTIVATION
+        routed = portable.run_stored(x, chosen, weights, store, limit, activation)
+        return routed if shared is None else portable.join(routed, x, shared, limit, swiglu)
+    shared = _in_one_piece(shared)
+    if store.whole is not None:
+        return _run_table(x, chosen, weights, store, store.whole, shared, limit)
+    counts = needed(chosen, store.sizes[0])
+    rows: torch.Tensor | None = None
+    for table in store.tables(counts, len(x)):
+        if len(table.matrices) == len(counts):
+            return _run_table(x, chosen, weights, store, table, shared, limit)
+        own = shared if rows is None else None  # once is enough
+        if rows is None:
+            rows = x.new_empty(x.shape[0], chosen.shape[1] + 1, x.shape[1])  # [T, A + 1, D]
+        _call(x, chosen, weights, table.addresses(_pointers(own)), _dtypes(store, own), store.sizes[1], limit, rows)
+    assert rows is not None, f"no table holds the experts {sorted(counts)}"
+    total = torch.zeros(x.shape, dtype=torch.float32)
+    for of_choice in rows.unbind(1):  # in the order of the kernel's own sum
+        total += of_choice
+    return total.to(x.dtype)
+
+
+def _run_table(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    table: Table,
+    shared: Matrices,
+    limit: float,
+) -> torch.Tensor:
+    """Run experts that are all here, as ``experts_with_shared`` does."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _call(x, chosen, weights, table.addresses(_pointers(shared)), _dtypes(store, shared), store.sizes[1], limit, out)
+    return out
+
+
 def _is_fixed(x: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor) -> bool:
     """Say whether the kernel takes these: no gradient to keep anything for, matrices of one dtype, and some tokens."""
     if native.wants_gradient(x, weights, *matrices) or not native.serves(x) or not x.numel():
         return False
     dtype = matrices[0].dtype
     return all(native.serves(w) and w.dtype == dtype for w in matrices)
+
+
+def _has_kernel(store: ExpertStore) -> bool:
+    return store.device.type == "cpu" and store.dtype in (torch.float32, torch.bfloat16)
 
 
 def _run(
@@ -88,22 +140,49 @@ def _run(
     limit: float,
     out: torch.Tensor,
 ) -> None:
-    E, F, D = routed[0].shape
-    stacks = [_side_by_side(w) for w in routed]
-    extra = [w.contiguous() for w in shared] if shared else [None] * 3
+    E, F, _ = routed[0].shape
+    stacks, own = [_side_by_side(w) for w in routed], None if shared is None else _in_one_piece(shared)
     tables = [
-        _addresses(w.data_ptr(), w.stride(0) * w.element_size(), E, 0 if one is None else one.data_ptr())
-        for w, one in zip(stacks, extra, strict=True)
+        _addresses(w.data_ptr(), w.stride(0) * w.element_size(), E, pointer)
+        for w, pointer in zip(stacks, _pointers(own), strict=True)
     ]
-    wrong = ctypes.c_long()
+    _call(x, chosen, weights, tables, _dtypes(stacks[0], own), F, limit, out)
+
+
+def _call(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    tables: Sequence[Addresses],
+    are_bfloat16: tuple[int, int],
+    expert_dim: int,
+    limit: float,
+    out: torch.Tensor,
+) -> None:
+    """Run the kernel over tables of E addresses and one more. out: [T, D], or [T, A + 1, D] with the choices apart."""
+    E, wrong = len(tables[0]) - 1, ctypes.c_long()
     native.call(
-        "dsv4_experts", *chosen.shape, E, D, F, native.is_bfloat16(x), native.is_bfloat16(stacks[0]),
-        shared is not None, torch.get_num_threads(), float(limit), x.contiguous(), chosen.contiguous(),
-        weights.float().contiguous(), *map(ctypes.addressof, tables), out, ctypes.addressof(wrong),
+        "dsv4_experts", *chosen.shape, E, x.shape[1], expert_dim, native.is_bfloat16(x), *are_bfloat16,
+        int(out.dim() == 3), torch.get_num_threads(), float(limit), x.contiguous(), chosen.contiguous(),
+        weights.float().contiguous(), *tables, out, ctypes.pointer(wrong),
     )  # fmt: skip
     if wrong.value:
         lowest, highest = chosen.min().item(), chosen.max().item()
         raise ValueError(f"chosen holds {lowest} to {highest}; expected experts from 0 to {E - 1}")
+
+
+def _in_one_piece(matrices: Matrices) -> Matrices:
+    w1, w2, w3 = matrices
+    return w1.contiguous(), w2.contiguous(), w3.contiguous()
+
+
+def _pointers(shared: Matrices | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if shared is None else (shared[0].data_ptr(), shared[1].data_ptr(), shared[2].data_ptr())
+
+
+def _dtypes(routed: torch.Tensor | ExpertStore, shared: Matrices | None) -> tuple[int, int]:
+    """Whether the routed matrices are bfloat16, and the shared ones."""
+    return int(routed.dtype == torch.bfloat16), 0 if shared is None else native.is_bfloat16(shared[0])
 
 
 def _side_by_side(w: torch.Tensor) -> torch.Tensor:
@@ -112,7 +191,7 @@ def _side_by_side(w: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)  # three a layer, the same ones step after step
-def _addresses(first: int, step: int, count: int, shared: int) -> ctypes.Array[ctypes.c_void_p]:
+def _addresses(first: int, step: int, count: int, shared: int) -> Addresses:
     """The address of each expert's matrix, and last that of the shared one."""
     return (ctypes.c_void_p * (count + 1))(*(first + i * step for i in range(count)), shared)
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # w1, w2 and w3
+from dsv4.ops.experts.store import ExpertStore, Matrices, needed
+
 ROWS = 64  # an expert's group of many tokens is filled up to a multiple of this
 
 
@@ -41,6 +42,19 @@ def experts_with_shared(
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts.experts_with_shared``."""
     return join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
+
+
+def stored_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    limit: float,
+    shared: Matrices | None,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.stored_experts``."""
+    routed = run_stored(x, chosen, weights, store, limit, ACTIVATION)
+    return routed if shared is None else join(routed, x, shared, limit, swiglu)
 
 
 def join(
@@ -85,6 +99,26 @@ def run(
     return _Experts.apply(x, weights, w1, w2, w3, _group(chosen.flatten(), w1.shape[0]), limit, activation)
 
 
+@torch.no_grad()
+def run_stored(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    limit: float,
+    activation: Activation,
+) -> torch.Tensor:
+    """The same over the tables of a store, without a gradient: the same products, in the order of the tables."""
+    E, F_, _ = store.sizes
+    counts = needed(chosen, E)
+    groups = _group(chosen.flatten(), E)
+    slots, spans = _gather(x, weights, groups, F_), dict(groups.spans)
+    for table in store.tables(counts, len(x)):
+        for expert in counts.keys() & table.matrices.keys():
+            _run_expert(slots, spans[expert], table.matrices[expert], limit, activation)
+    return _sum_choices(slots.y, groups.places, weights.shape[1], slots.weight.dtype)
+
+
 class _Groups(NamedTuple):
     """Slots (token, choice) grouped by expert, each group filled up to a whole number of rows.
 
@@ -119,6 +153,33 @@ def _group(chosen: torch.Tensor, num_experts: int) -> _Groups:
             spans.append((expert, slice(start, start + size)))
         start += size
     return _Groups(slots, places, spans)
+
+
+class _Slots(NamedTuple):
+    """Grouped slots on their way: x and y, before and after, [slots, D], gate and up [slots, F], weight [slots]."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    y: torch.Tensor
+
+
+def _gather(x: torch.Tensor, weights: torch.Tensor, groups: _Groups, expert_dim: int) -> _Slots:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = _with_zero(weights.flatten().to(wide))[groups.slots]
+    rows = _with_zero(x)[groups.slots // weights.shape[1]]  # [slots, D]
+    gate, up = (x.new_empty(len(rows), expert_dim) for _ in range(2))
+    return _Slots(rows, weight, gate, up, torch.empty_like(rows))
+
+
+def _run_expert(slots: _Slots, now: slice, matrices: Matrices, limit: float, activation: Activation) -> None:
+    """Fill in gate, up and y of one expert's rows."""
+    rows, gate, up = slots.x[now], slots.gate[now], slots.up[now]
+    w1, w2, w3 = (w.to(rows.dtype).T for w in matrices)
+    torch.mm(rows, w1, out=gate)
+    torch.mm(rows, w3, out=up)
+    torch.mm(activation.forward(gate, up, slots.weight[now], limit), w2, out=slots.y[now])
 
 
 def _activate(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -189,19 +250,12 @@ class _SwiGLU(torch.autograd.Function):
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, w1, w2, w3, groups, limit, activation):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = _with_zero(weights.flatten().to(wide))[groups.slots]
-        rows = _with_zero(x)[groups.slots // weights.shape[1]]  # [slots, D]
-        gate, up = (x.new_empty(len(rows), w1.shape[1]) for _ in range(2))  # [slots, F]
-        y = torch.empty_like(rows)
+        slots = _gather(x, weights, groups, w1.shape[1])
         for expert, now in groups.spans:
-            torch.mm(rows[now], w1[expert].to(x.dtype).T, out=gate[now])
-            torch.mm(rows[now], w3[expert].to(x.dtype).T, out=up[now])
-            hidden = activation.forward(gate[now], up[now], weight[now], limit)
-            torch.mm(hidden, w2[expert].to(x.dtype).T, out=y[now])
-        ctx.save_for_backward(x, weights, w1, w2, w3, gate, up)
+            _run_expert(slots, now, (w1[expert], w2[expert], w3[expert]), limit, activation)
+        ctx.save_for_backward(x, weights, w1, w2, w3, slots.gate, slots.up)
         ctx.groups, ctx.limit, ctx.activation = groups, limit, activation
-        return _sum_choices(y, groups.places, weights.shape[1], wide)
+        return _sum_choices(slots.y, groups.places, weights.shape[1], slots.weight.dtype)
 
     @staticmethod
     @once_differentiable

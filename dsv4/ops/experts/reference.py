@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+
+from dsv4.ops.experts.store import ExpertStore, Matrices, needed
+
+ByExpert = torch.Tensor | Mapping[int, torch.Tensor]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -16,9 +22,9 @@ def experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
+    w1: ByExpert,
+    w2: ByExpert,
+    w3: ByExpert,
     limit: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts``."""
@@ -39,11 +45,30 @@ def experts_with_shared(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    routed: tuple[ByExpert, ByExpert, ByExpert],
+    shared: Matrices,
     limit: float,
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts.experts_with_shared``."""
     w1, w2, w3 = (w.to(x.dtype) for w in shared)
     own = swiglu(x @ w1.T, x @ w3.T, limit) @ w2.T
     return (experts(x, chosen, weights, *routed, limit) + own).to(x.dtype)
+
+
+def stored_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    store: ExpertStore,
+    limit: float,
+    shared: Matrices | None,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.stored_experts``."""
+    w1: dict[int, torch.Tensor] = {}
+    w2, w3 = dict(w1), dict(w1)
+    for table in store.tables(needed(chosen, store.sizes[0]), len(x)):
+        for expert, matrices in table.matrices.items():
+            w1[expert], w2[expert], w3[expert] = (w.clone() for w in matrices)
+    if shared is None:
+        return experts(x, chosen, weights, w1, w2, w3, limit)
+    return experts_with_shared(x, chosen, weights, (w1, w2, w3), shared, limit)
