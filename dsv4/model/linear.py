@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from dsv4.ops.backend import Backend
 from dsv4.ops.linear import linear
 
 
@@ -16,8 +16,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: torch.Tensor, backend: Backend = "portable") -> torch.Tensor:
+        return linear(x, self.weight, backend=backend)
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
         """The same map multiplied and returned in float32, where the released code widens: router and compressors."""

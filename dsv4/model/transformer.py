@@ -62,8 +62,7 @@ class MTP(Block):
         """streams: [B, T, N, D]; embedded: [B, T, D], the next tokens; returns streams [B, T, N, D]."""
         e = rmsnorm(embedded, self.enorm.weight, self.eps, backend=backend)
         h = rmsnorm(streams, self.hnorm.weight, self.eps, backend=backend)
-        e, h = linear(e, self.e_proj.weight, backend=backend), linear(h, self.h_proj.weight, backend=backend)
-        return e.unsqueeze(2) + h
+        return self.e_proj(e, backend).unsqueeze(2) + self.h_proj(h, backend)
 
 
 class Transformer(nn.Module):
