@@ -9,24 +9,43 @@ import torch
 
 from dsv4 import native
 from dsv4.ops.linear import portable
+from dsv4.ops.linear.portable import Weight
+from dsv4.ops.lowbit import Packed, round_rows
+
+FIELDS = 10  # of ``Map`` in ``native/linear.c``
+FLOAT32, BFLOAT16, FP8, FP4, FP8_FLOAT = range(5)  # its kinds of weights
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, wide: bool) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight, wide: bool) -> torch.Tensor:
     """See ``dsv4.ops.linear.linear``."""
     return linears(x, [weight], [wide])[0]
 
 
-def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: Sequence[bool]) -> list[torch.Tensor]:
+def linears(x: torch.Tensor, weights: Sequence[Weight], wide: Sequence[bool]) -> list[torch.Tensor]:
     """See ``dsv4.ops.linear.linears``."""
     if not _serves(x, weights):
         return portable.linears(x, weights, wide)
     rows = _whole_rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-    used = [_whole_rows(weight) for weight in weights]  # copies must outlive the call
-    start, leading, outs, maps = rows.data_ptr(), x.shape[:-1], [], []
-    for weight, is_wide in zip(used, wide, strict=True):
-        N, stride = weight.shape[0], weight.stride()[0]
+    rounded: torch.Tensor | None = None  # for weights in codes
+    if any(isinstance(weight, Packed) for weight in weights):
+        rows = rows.contiguous()
+        rounded = round_rows(rows, backend="native")
+    used: list[torch.Tensor] = []  # copies must outlive the call
+    leading, outs, maps = x.shape[:-1], [], []
+    for weight, is_wide in zip(weights, wide, strict=True):
+        N = weight.shape[0]
         outs.append(out := torch.empty(*leading, N, dtype=torch.float32 if is_wide else x.dtype))
-        maps += _map(start, weight.data_ptr(), stride, weight.dtype, is_wide, N, out.data_ptr(), N)
+        if isinstance(weight, Packed):
+            assert rounded is not None
+            codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+            used += [codes, scales]
+            own = (codes.data_ptr(), codes.shape[1], _kind(weight)), (scales.data_ptr(), scales.shape[1])
+            start = rounded.data_ptr()
+        else:
+            used.append(plain := _whole_rows(weight))
+            own = (plain.data_ptr(), plain.stride(0), native.is_bfloat16(plain)), (0, 0)
+            start = rows.data_ptr()
+        maps += start, *own[0], is_wide, N, out.data_ptr(), N, *own[1]
     _run(rows, maps)
     return outs
 
@@ -44,14 +63,20 @@ def linear_groups(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             tensor.data_ptr() + group * step * tensor.element_size()
             for tensor, step in ((x, x.stride(1)), (weight, weight.stride(0)), (out, N))
         )
-        maps += _map(begin, read, weight.stride(1), weight.dtype, False, N, made, G * N)
+        maps += begin, read, weight.stride(1), native.is_bfloat16(weight), False, N, made, G * N, 0, 0
     _run(x[:, 0], maps)
     return out
 
 
-def _serves(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    tensors = [x, *weights]
-    return not native.wants_gradient(*tensors) and all(native.serves(one) and one.numel() for one in tensors)
+def _serves(x: torch.Tensor, weights: Sequence[Weight]) -> bool:
+    plain = [x, *(weight for weight in weights if not isinstance(weight, Packed))]
+    return not native.wants_gradient(*plain) and all(native.serves(one) and one.numel() for one in plain)
+
+
+def _kind(weight: Packed) -> int:
+    if weight.kind == "fp4":
+        return FP4
+    return FP8 if weight.scales.dtype == torch.uint8 else FP8_FLOAT
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
@@ -59,17 +84,10 @@ def _whole_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
-def _map(
-    x: int, weight: int, weight_stride: int, dtype: torch.dtype, wide: bool, N: int, out: int, out_stride: int
-) -> tuple[int, ...]:
-    """The fields of ``Map`` in ``native/linear.c``; x, weight and out are addresses, dtype the weight's."""
-    return x, weight, weight_stride, dtype == torch.bfloat16, wide, N, out, out_stride
-
-
 def _run(rows: torch.Tensor, maps: Sequence[int]) -> None:
     """Run the maps of rows [M, K]."""
     table = (ctypes.c_long * len(maps))(*maps)
     native.call(
-        "dsv4_linears", *rows.shape, rows.stride(0), native.is_bfloat16(rows), len(maps) // 8,
+        "dsv4_linears", *rows.shape, rows.stride(0), native.is_bfloat16(rows), len(maps) // FIELDS,
         torch.get_num_threads(), table,
     )  # fmt: skip

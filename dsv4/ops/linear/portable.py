@@ -8,13 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from dsv4.ops.lowbit import Packed, dequantise, round_rows
 
-def linear(x: torch.Tensor, weight: torch.Tensor, wide: bool) -> torch.Tensor:
+
+Weight = torch.Tensor | Packed
+
+
+def linear(x: torch.Tensor, weight: Weight, wide: bool) -> torch.Tensor:
     """See ``dsv4.ops.linear.linear``."""
+    if isinstance(weight, Packed):
+        has_powers = weight.scales.dtype == torch.uint8  # values are exact in x's dtype
+        compute = x.dtype if has_powers and not wide else torch.promote_types(x.dtype, torch.float32)
+        y = F.linear(round_rows(x).to(compute), dequantise(weight, compute))
+        return y if wide else y.to(x.dtype)
     return _WideLinear.apply(x, weight) if wide else F.linear(x, weight.to(x.dtype))
 
 
-def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: Sequence[bool]) -> list[torch.Tensor]:
+def linears(x: torch.Tensor, weights: Sequence[Weight], wide: Sequence[bool]) -> list[torch.Tensor]:
     """See ``dsv4.ops.linear.linears``."""
     return [linear(x, weight, is_wide) for weight, is_wide in zip(weights, wide, strict=True)]
 

@@ -1,20 +1,16 @@
-"""The specification of rows: one value at a time, by tables of what each code stands for."""
+"""The specification of rows: one value at a time."""
 
 from __future__ import annotations
 
 import math
 import struct
-from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
 
+from dsv4.ops.lowbit.reference import decode, encode
+from dsv4.ops.lowbit.tables import E2M1, E4M3
 from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, RowFormat, index_row_bytes, row_bytes
-
-# By code, the sign bit aside. The E4M3 code after the last, 127, is NaN.
-E4M3 = [code * 2.0**-9 for code in range(8)] + [(8 + code % 8) * 2.0 ** (code // 8 - 10) for code in range(8, 127)]
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-NAN_SCALE = 255
 
 
 def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tensor:
@@ -22,9 +18,8 @@ def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tens
     num_bytes, plain = row_bytes(row_format, x.shape[-1], rotary_dims), x.shape[-1] - rotary_dims
 
     def packed(row: list[float]) -> bytes:
-        codes, scales = _encode(row[:plain], E4M3, ROW_GROUP, least=1e-4)
-        signed = [code | 128 * _is_negative(value) for code, value in zip(codes, row, strict=False)]
-        written = bytes(signed) + _plain_bytes(row[plain:], "bfloat16") + bytes(scales)
+        codes, scales = encode(row[:plain], ROW_GROUP, E4M3)
+        written = bytes(codes) + _plain_bytes(row[plain:], "bfloat16") + bytes(scales)
         return written.ljust(num_bytes, b"\0")
 
     return _each_row(x, num_bytes, packed if row_format == "packed" else lambda row: _plain_bytes(row, row_format))
@@ -32,13 +27,11 @@ def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tens
 
 def unpack(rows: torch.Tensor, row_format: RowFormat, channels: int, rotary_dims: int) -> torch.Tensor:
     """See ``dsv4.ops.rows.unpack``; float32."""
-    plain, table = channels - rotary_dims, [*E4M3, math.nan]
+    plain = channels - rotary_dims
 
     def unpacked(row: bytes) -> list[float]:
         rotary, scales = row[plain : plain + 2 * rotary_dims], row[plain + 2 * rotary_dims :]
-        values = [_signed(table[code % 128], code >= 128) for code in row[:plain]]
-        scaled = [value * _power(scales[i // ROW_GROUP]) for i, value in enumerate(values)]
-        return scaled + _plain_values(rotary, "bfloat16")
+        return decode(list(row[:plain]), list(scales), ROW_GROUP, E4M3) + _plain_values(rotary, "bfloat16")
 
     return _each_value(
         rows, channels, unpacked if row_format == "packed" else lambda row: _plain_values(row, row_format)
@@ -49,13 +42,9 @@ def pack_index(x: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
     """See ``dsv4.ops.rows.pack_index``."""
 
     def packed(row: list[float]) -> bytes:
-        codes, scales = _encode(row, E2M1, INDEX_GROUP, least=6 * 2.0**-126)
-        signed = [code % 8 | 8 * _is_negative(value) for code, value in zip(codes, row, strict=True)]
-        signed += [0] * (len(row) % 2)
-        for i, value in enumerate(row):
-            if math.isnan(value):
-                scales[i // INDEX_GROUP] = NAN_SCALE
-        return bytes(low | high << 4 for low, high in zip(signed[0::2], signed[1::2], strict=True)) + bytes(scales)
+        codes, scales = encode(row, INDEX_GROUP, E2M1)
+        codes += [0] * (len(row) % 2)
+        return bytes(low | high << 4 for low, high in zip(codes[0::2], codes[1::2], strict=True)) + bytes(scales)
 
     num_bytes = index_row_bytes(row_format, x.shape[-1])
     return _each_row(x, num_bytes, packed if row_format == "packed" else lambda row: _plain_bytes(row, row_format))
@@ -67,46 +56,11 @@ def unpack_index(rows: torch.Tensor, row_format: RowFormat, channels: int) -> to
 
     def unpacked(row: bytes) -> list[float]:
         codes = [code for byte in row[:num_bytes] for code in (byte % 16, byte // 16)][:channels]
-        scales = [_power(row[num_bytes + i // INDEX_GROUP]) for i in range(channels)]
-        return [_signed(E2M1[code % 8], code >= 8) * scale for code, scale in zip(codes, scales, strict=True)]
+        return decode(codes, list(row[num_bytes:]), INDEX_GROUP, E2M1)
 
     return _each_value(
         rows, channels, unpacked if row_format == "packed" else lambda row: _plain_values(row, row_format)
     )
-
-
-def _encode(row: list[float], table: list[float], group: int, least: float) -> tuple[list[int], list[int]]:
-    """Return the codes of a row, signs aside, and the E8M0 scales of its groups."""
-    codes, scales = [], []
-    for first in range(0, len(row), group):
-        values = row[first : first + group]
-        most = max([least, *(abs(value) for value in values if not math.isnan(value))])
-        most = min(most, 2.0**128 - 2.0**104)  # an infinite value is cut off like the largest
-        exponent = math.ceil(math.log2(most / table[-1]))
-        codes += [_nearest(abs(value) / 2.0**exponent, table) for value in values]
-        scales.append(exponent + 127)
-    return codes, scales
-
-
-def _nearest(size: float, table: list[float]) -> int:
-    """The code of the nearest value, the even one of two; that after the last of the table for NaN."""
-    if math.isnan(size):
-        return len(table)
-    size = min(size, table[-1])
-    above = bisect_left(table, size)
-    return min(max(above - 1, 0), above, key=lambda code: (abs(table[code] - size), code % 2))
-
-
-def _is_negative(value: float) -> bool:
-    return math.copysign(1.0, value) < 0
-
-
-def _signed(size: float, is_negative: bool) -> float:
-    return -size if is_negative else size
-
-
-def _power(code: int) -> float:
-    return math.nan if code == NAN_SCALE else 2.0 ** (code - 127)
 
 
 def _plain_bytes(row: list[float], row_format: RowFormat) -> bytes:

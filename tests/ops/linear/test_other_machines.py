@@ -23,7 +23,7 @@ TYPES = [(x, w) for x in DTYPES for w in DTYPES]
 @pytest.fixture(scope="module", params=["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
 def other_library(request, tmp_path_factory):
     made = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    sources = [str(native.SOURCES / name) for name in ("product.c", "linear.c", "experts.c")]
+    sources = [str(native.SOURCES / name) for name in ("product.c", "packed.c", "linear.c", "experts.c")]
     flags = [*filter(None, native.FLAGS), request.param, "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
     subprocess.run([shutil.which("cc"), *flags, "-o", str(made), *sources, "-lm"], check=True)
     return ctypes.CDLL(str(made))
