@@ -169,3 +169,10 @@ static inline uint32_t e2m1_write(uint8_t *restrict nibbles, const float *restri
     }
     return has_nan(from, n) ? NAN_SCALE : scale;
 }
+
+// Through the codes and back, in place.
+static inline void e4m3_round(float *x, long n) {
+    uint32_t scale = e4m3_scale(x, n);
+    float inverse = e8m0_inverse(scale), factor = e8m0_value(scale);
+    for (long i = 0; i < n; i++) x[i] = e4m3_rounded(x[i] * inverse) * factor;
+}

@@ -1,8 +1,10 @@
 // The experts' forward pass in the fixed order of product.h: tokens grouped by expert, all in one parallel region.
 // Contract: dsv4/ops/experts. Shapes T A E D F as there; a slot is one choice of one token.
-#include "product.h"
+#include "codes.h"
+#include "packed.h"
 
 #define SPAN 64      // rows of w1 and w3 that a thread takes at a time,
+#define GROUP 128    // in codes as many as share a scale of the hidden rows,
 #define SPAN_BACK 128 // and of w2
 #define TOKENS 64    // rows of gate and linear part made at a time
 #define FEW 16       // tokens that leave the threads waiting for the weights, which then are read in long runs
@@ -73,18 +75,24 @@ static void activate(float *restrict gate, const float *restrict up, long n, flo
     }
 }
 
-// Columns f0 .. f1 of the hidden rows of one group.
-static void hide(void *hidden, const Groups *by, long g, long f0, long f1, long D, long F, Matrix x, const void *w1,
-                 const void *w3, int w_is_bfloat16, float limit) {
-    float gate[TOKENS * SPAN], up[TOKENS * SPAN];
+// Columns f0 .. f1 of the hidden rows of one group. Where w1 and w3 are in codes, so is w2, whose inputs are rounded.
+static void hide(void *hidden, const Groups *by, long g, long f0, long f1, long D, long F, Matrix x, Weight w1,
+                 Weight w3, float limit) {
+    float gate[TOKENS * GROUP], up[TOKENS * GROUP];
+    long width = f1 - f0;
     for (long row = by->begin[g]; row < by->begin[g + 1]; row += TOKENS) {
         long count = by->begin[g + 1] - row < TOKENS ? by->begin[g + 1] - row : TOKENS;
         x.pick = by->token + row;
-        dsv4_products(gate, SPAN, x, count, from_row(rows_of(w1, D, w_is_bfloat16), f0), f1 - f0, D, 1);
-        dsv4_products(up, SPAN, x, count, from_row(rows_of(w3, D, w_is_bfloat16), f0), f1 - f0, D, 1);
+        weight_products(gate, GROUP, x, count, w1, f0, width, D);
+        weight_products(up, GROUP, x, count, w3, f0, width, D);
         for (long i = 0; i < count; i++) {
-            activate(gate + i * SPAN, up + i * SPAN, f1 - f0, limit, by->factor[row + i], x.is_bfloat16);
-            write_row(hidden, (row + i) * F + f0, gate + i * SPAN, f1 - f0, x.is_bfloat16);
+            float *made = gate + i * GROUP;
+            activate(made, up + i * GROUP, width, limit, by->factor[row + i], x.is_bfloat16);
+            if (is_coded(w1.kind)) {
+                for (long f = 0; f < width; f++) made[f] = rounded(made[f], x.is_bfloat16);
+                e4m3_round(made, width);
+            }
+            write_row(hidden, (row + i) * F + f0, made, width, x.is_bfloat16);
         }
     }
 }
@@ -99,17 +107,20 @@ static void add(float *restrict total, const float *restrict y, long n, int is_b
 // of its choices; with the expert of all tokens, in the dtype of x, that one added last and the sum rounded once.
 // ``apart``: nothing is added up. out: [T, A + 1, D] in the dtype of x, of each choice its own row, and of the expert of
 // all tokens the last; rows of experts without an address stay as they are.
-// A choice outside 0 .. E - 1 only sets wrong.
-void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int w_is_bfloat16, int shared_is_bfloat16,
-                  int apart, int threads, float limit, const void *x, const int64_t *chosen, const float *weights,
-                  const void *const *w1, const void *const *w2, const void *const *w3, void *out, long *wrong) {
+// A choice outside 0 .. E - 1 only sets wrong. w_kind, shared_kind: as Weight's; matrices in codes have scales at s1, s2
+// and s3, as many addresses, and their x is rounded by the caller.
+void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int w_kind, int shared_kind, int apart,
+                  int threads, float limit, const void *x, const int64_t *chosen, const float *weights,
+                  const void *const *w1, const void *const *w2, const void *const *w3, const void *const *s1,
+                  const void *const *s2, const void *const *s3, void *out, long *wrong) {
     Groups by;
     *wrong = !group(&by, T, A, E, chosen, weights, w1);
     if (*wrong) {
         free(by.expert);
         return;
     }
-    long rows = by.begin[by.groups], size = x_is_bfloat16 ? 2 : 4, parts = (F + SPAN - 1) / SPAN;
+    long rows = by.begin[by.groups], size = x_is_bfloat16 ? 2 : 4;
+    long span = is_coded(w_kind) || is_coded(shared_kind) ? GROUP : SPAN, parts = (F + span - 1) / span;
     long items = by.groups * parts, run = T <= FEW ? (items + threads - 1) / threads : 1;
     long width = T <= FEW ? whole((D + threads - 1) / threads) : SPAN_BACK;
     int shared = w1[E] != 0, out_is_bfloat16 = shared && x_is_bfloat16;
@@ -119,9 +130,10 @@ void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int
     {
 #pragma omp for schedule(dynamic, run)
         for (long item = 0; item < items; item++) {
-            long g = item / parts, f0 = item % parts * SPAN, e = by.expert[g];
-            hide(hidden, &by, g, f0, f0 + SPAN < F ? f0 + SPAN : F, D, F, rows_of(x, D, x_is_bfloat16), w1[e], w3[e],
-                 e == E ? shared_is_bfloat16 : w_is_bfloat16, limit);
+            long g = item / parts, f0 = item % parts * span, e = by.expert[g];
+            Weight gate = {w1[e], s1 ? s1[e] : 0, e == E ? shared_kind : w_kind};
+            Weight up = {w3[e], s3 ? s3[e] : 0, gate.kind};
+            hide(hidden, &by, g, f0, f0 + span < F ? f0 + span : F, D, F, rows_of(x, D, x_is_bfloat16), gate, up, limit);
         }
         float *y = malloc(4 * (rows + 1) * width), *total = y + rows * width;
         if (!y) abort();
@@ -130,9 +142,9 @@ void dsv4_experts(long T, long A, long E, long D, long F, int x_is_bfloat16, int
             long n = D - d0 < width ? D - d0 : width;
             for (long g = 0; g < by.groups; g++) {
                 long e = by.expert[g];
-                Matrix w = from_row(rows_of(w2[e], F, e == E ? shared_is_bfloat16 : w_is_bfloat16), d0);
+                Weight w = {w2[e], s2 ? s2[e] : 0, e == E ? shared_kind : w_kind};
                 Matrix h = from_row(rows_of(hidden, F, x_is_bfloat16), by.begin[g]);
-                dsv4_products(y + by.begin[g] * width, width, h, by.begin[g + 1] - by.begin[g], w, n, F, 1);
+                weight_products(y + by.begin[g] * width, width, h, by.begin[g + 1] - by.begin[g], w, d0, n, F);
             }
             const float *last = y + (shared ? rows - T : 0) * width; // of the expert of all tokens
             for (long t = 0; t < T && apart; t++) {

@@ -43,7 +43,7 @@ static void part_of_codes(const Map *map, Matrix x, long m0, long m1, long n0, l
 static void part(const Map *map, long m0, long m1, long n0, long n1, long K, long x_stride, int x_is_bfloat16) {
     int rounds = x_is_bfloat16 && !map->is_wide;
     Matrix x = from_row(rows_of(map->x, x_stride, x_is_bfloat16), m0);
-    if (map->w_kind > 1) {
+    if (is_coded(map->w_kind)) {
         part_of_codes(map, x, m0, m1, n0, n1, K);
         return;
     }

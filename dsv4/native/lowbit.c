@@ -3,16 +3,10 @@
 #include "codes.h"
 
 #define FP4_GROUP (2 * LANES)
+
 #define BLOCK 128
 
 static long smaller(long a, long b) { return a < b ? a : b; }
-
-// One group, in place.
-static void e4m3_round(float *x, long n) {
-    uint32_t scale = e4m3_scale(x, n);
-    float inverse = e8m0_inverse(scale), factor = e8m0_value(scale);
-    for (long i = 0; i < n; i++) x[i] = e4m3_rounded(x[i] * inverse) * factor;
-}
 
 // A NaN makes its group NaN.
 static inline void e2m1_round(float *x, long n) {

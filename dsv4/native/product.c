@@ -1,6 +1,6 @@
 // The register tiles of the fixed-order products: a few rows of x by a few rows of w, each pair with one vector
 // accumulator. Contract: product.h.
-#include "product.h"
+#include "packed.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -94,7 +94,7 @@ INLINE floats rounded_lanes(floats x) {
 }
 
 // The kinds of products. Of the last, x is bfloat16 and so is w, or w is float32 and rounded.
-enum { FLOAT_FLOAT, FLOAT_HALF, HALF_FLOAT, HALF_ROUNDED, HALF_HALF };
+enum { FLOAT_FLOAT, FLOAT_HALF, HALF_FLOAT, HALF_ROUNDED, HALF_HALF, HALF_FP8, HALF_FP4 };
 #define X_SIZE(kind) ((kind) <= FLOAT_HALF ? 4 : 2)
 #define W_SIZE(kind) ((kind) == FLOAT_HALF || (kind) == HALF_HALF ? 2 : 4)
 
@@ -126,6 +126,17 @@ INLINE floats elements_of_w(const char *row, long k, int kind) {
     if (kind != HALF_ROUNDED) return w;
     return IN_PAIRS(kind) ? round_to_pairs(w, load_floats(row + 4 * (k + WIDTH))) : rounded_lanes(w);
 }
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define CODED 1
+
+INLINE floats elements_of_codes(const char *row, const uint8_t *scales, long k, int kind) {
+    if (kind == HALF_FP4) return (floats)fp4_pairs((const uint8_t *)row + k / 2, (int)scales[k / FP4_GROUP] - 127);
+    return (floats)fp8_pairs((const uint8_t *)row + k, (int)scales[k / FP8_BLOCK] - 127);
+}
+#else
+#define CODED 0
+#endif
 
 INLINE floats add(floats total, floats u, floats v, int kind) {
     return IN_PAIRS(kind) ? add_pairs(total, u, v) : total + u * v;
@@ -227,3 +238,77 @@ void dsv4_products(float *out, long out_stride, Matrix x, long M, Matrix w, long
     else
         (w.is_bfloat16 ? float_half : float_float)(out, out_stride, x, M, w, N, K);
 }
+
+#if CODED
+// Products of the M rows a with ``count`` of 8 rows of codes from n0 on, in the order of ``tile``.
+INLINE void tile_of_codes(float *out, long out_stride, const char **a, const Codes *w, long n0, long count, long K,
+                          int M, int kind) {
+    const char *b[MOST_N];
+    const uint8_t *scales[MOST_N];
+    UNROLL for (int n = 0; n < MOST_N; n++) {
+        long row = n0 + (n < count ? n : count - 1);
+        b[n] = (const char *)w->codes + row * w->stride;
+        long of_scales = kind == HALF_FP4 ? w->first + row : (w->first + row) / FP8_BLOCK;
+        scales[n] = (const uint8_t *)w->scales + of_scales * w->scale_stride;
+    }
+    const long ahead = (AHEAD + MOST_N * w->stride - 1) / (MOST_N * w->stride) * MOST_N * w->stride;
+    floats total[MOST];
+    UNROLL for (int i = 0; i < M * MOST_N; i++) total[i] = (floats){0};
+    for (long k = 0; k < K; k += 32) {
+        if (k % (kind == HALF_FP4 ? 128 : 64) == 0)
+            UNROLL for (int n = 0; n < MOST_N; n++)
+                __builtin_prefetch(b[n] + k / (kind == HALF_FP4 ? 2 : 1) + ahead, 0, 2);
+        floats v[MOST_N], u;
+        UNROLL for (int n = 0; n < MOST_N; n++) v[n] = elements_of_codes(b[n], scales[n], k, kind);
+        UNROLL for (int m = 0; m < M; m++) {
+            u = load_pairs(a[m] + 2 * k);
+            UNROLL for (int n = 0; n < MOST_N; n++) total[m * MOST_N + n] = add_pairs(total[m * MOST_N + n], u, v[n]);
+        }
+    }
+    float sums[MOST];
+    sum_trees(sums, total, M * MOST_N);
+    UNROLL for (int m = 0; m < M; m++)
+        for (int n = 0; n < count; n++) out[m * out_stride + n] = sums[m * MOST_N + n];
+}
+
+// Whether all scales of N rows keep their numbers normal in bfloat16.
+static int are_plain(const Codes *w, long n0, long N, long K) {
+    long first = w->first + n0, last = first + N - 1, width = K / FP4_GROUP;
+    if (w->kind != CODES_FP4) first /= FP8_BLOCK, last /= FP8_BLOCK, width = K / FP8_BLOCK;
+    uint8_t least = 255, most = 0;
+    for (long row = first; row <= last; row++) {
+        const uint8_t *scales = (const uint8_t *)w->scales + row * w->scale_stride;
+        for (long i = 0; i < width; i++) {
+            least = scales[i] < least ? scales[i] : least;
+            most = scales[i] > most ? scales[i] : most;
+        }
+    }
+    return is_plain_scale(least) && is_plain_scale(most);
+}
+
+int dsv4_few_products_of_codes(float *out, long out_stride, Matrix x, long M, Codes w, long N, long K) {
+    if (!x.is_bfloat16 || w.kind == CODES_FP8_FLOAT || K % (w.kind == CODES_FP4 ? FP4_GROUP : FP8_BLOCK)) return 0;
+    if (!are_plain(&w, 0, N, K)) return 0;
+    long tiles = (M + 2) / 3;
+    for (long n = 0; n < N; n += MOST_N) {
+        long count = N - n < MOST_N ? N - n : MOST_N;
+        for (long i = 0; i < tiles; i++) {
+            long m0 = M * i / tiles, rows = M * (i + 1) / tiles - m0;
+            const char *a[3];
+            for (long m = 0; m < rows; m++) a[m] = row_of(&x, m0 + m);
+            float *to = out + m0 * out_stride + n;
+#define CODES_TILE(M, kind) tile_of_codes(to, out_stride, a, &w, n, count, K, M, kind)
+            if (w.kind == CODES_FP4)
+                rows == 1 ? CODES_TILE(1, HALF_FP4) : rows == 2 ? CODES_TILE(2, HALF_FP4) : CODES_TILE(3, HALF_FP4);
+            else
+                rows == 1 ? CODES_TILE(1, HALF_FP8) : rows == 2 ? CODES_TILE(2, HALF_FP8) : CODES_TILE(3, HALF_FP8);
+        }
+    }
+    return 1;
+}
+#else
+int dsv4_few_products_of_codes(float *out, long out_stride, Matrix x, long M, Codes w, long N, long K) {
+    (void)out, (void)out_stride, (void)x, (void)M, (void)w, (void)N, (void)K;
+    return 0;
+}
+#endif

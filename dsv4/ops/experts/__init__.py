@@ -13,7 +13,8 @@ import torch
 
 from dsv4.native import wants_gradient
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.experts import native, portable, reference
+from dsv4.ops.experts import coded, native, portable, reference
+from dsv4.ops.experts.coded import PackedMatrices
 from dsv4.ops.experts.store import ExpertStore, Matrices
 from dsv4.ops.shapes import Shapes, check_integer
 
@@ -75,6 +76,33 @@ def experts_with_shared(
         native=native.experts_with_shared,
     )
     return run(x, chosen, weights, routed, shared, limit)
+
+
+def experts_of_codes(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: PackedMatrices,
+    shared: PackedMatrices,
+    limit: float,
+    *,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Return what ``experts_with_shared`` does, of experts in codes, rounding as released; without a gradient.
+
+    routed: w1, w2 and w3, stacks [E, ...] of one kind; shared: of one kind. All inputs are rounded to E4M3.
+    """
+    E, F, D = routed[0].shape
+    wanted = [[E, F, D], [E, D, F], [E, F, D], [F, D], [D, F], [F, D]]
+    found = [list(w.shape) for w in (*routed, *shared)]
+    if found != wanted or list(chosen.shape) != list(weights.shape) or list(x.shape) != [len(chosen), D]:
+        sizes = f"x {list(x.shape)}, chosen {list(chosen.shape)} and weights {list(weights.shape)}"
+        raise ValueError(f"{sizes} do not fit matrices {found}; expected [T, D], [T, A], [T, A] and {wanted}")
+    check_integer("chosen", chosen)
+    with torch.no_grad():
+        if backend == "native":
+            return native.experts_of_codes(x, chosen, weights, routed, shared, limit)
+        return coded.experts_with_shared(x, chosen, weights, routed, shared, limit, backend)
 
 
 def stored_experts(

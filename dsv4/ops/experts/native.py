@@ -14,8 +14,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dsv4 import native
-from dsv4.ops.experts import portable
+from dsv4.ops.experts import coded, portable
+from dsv4.ops.experts.coded import PackedMatrices
 from dsv4.ops.experts.store import Addresses, ExpertStore, Matrices, Table, needed
+from dsv4.ops.lowbit import round_rows
+from dsv4.ops.lowbit.native import kind_of
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
@@ -70,6 +73,29 @@ def experts_with_shared(
         _run(x, chosen, weights, routed, shared, limit, out)
         return out
     return portable.join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
+
+
+def experts_of_codes(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    routed: PackedMatrices,
+    shared: PackedMatrices,
+    limit: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.experts.experts_with_shared``: the kernel decodes as it multiplies."""
+    if not native.serves(x) or not x.numel():
+        return coded.experts_with_shared(x, chosen, weights, routed, shared, limit, "native")
+    E, F, _ = routed[0].shape
+    tables, scales = [], []
+    for stack, one in zip(routed, shared, strict=True):
+        for made, many, single in ((tables, stack.codes, one.codes), (scales, stack.scales, one.scales)):
+            assert many.is_contiguous()
+            assert single.is_contiguous()
+            made.append(_addresses(many.data_ptr(), many.stride(0) * many.element_size(), E, single.data_ptr()))
+    kinds, out = (kind_of(routed[0]), kind_of(shared[0])), torch.empty(x.shape, dtype=x.dtype)
+    _call(round_rows(x, backend="native"), chosen, weights, tables, kinds, F, limit, out, scales)
+    return out
 
 
 def stored_experts(
@@ -154,17 +180,18 @@ def _call(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     tables: Sequence[Addresses],
-    are_bfloat16: tuple[int, int],
+    kinds: tuple[int, int],
     expert_dim: int,
     limit: float,
     out: torch.Tensor,
+    scales: Sequence[Addresses | None] = (None, None, None),
 ) -> None:
     """Run the kernel over tables of E addresses and one more. out: [T, D], or [T, A + 1, D] with the choices apart."""
     E, wrong = len(tables[0]) - 1, ctypes.c_long()
     native.call(
-        "dsv4_experts", *chosen.shape, E, x.shape[1], expert_dim, native.is_bfloat16(x), *are_bfloat16,
+        "dsv4_experts", *chosen.shape, E, x.shape[1], expert_dim, native.is_bfloat16(x), *kinds,
         int(out.dim() == 3), torch.get_num_threads(), float(limit), x.contiguous(), chosen.contiguous(),
-        weights.float().contiguous(), *tables, out, ctypes.pointer(wrong),
+        weights.float().contiguous(), *tables, *scales, out, ctypes.pointer(wrong),
     )  # fmt: skip
     if wrong.value:
         lowest, highest = chosen.min().item(), chosen.max().item()

@@ -60,7 +60,9 @@ def _check(x: torch.Tensor, weights: Sequence[Weight]) -> None:
     for weight in weights:
         if isinstance(weight, Packed):
             if len(weight.shape) != 2 or weight.shape[1] != num_inputs:
-                raise ValueError(f"weight has shape {list(weight.shape)}; expected [N, {num_inputs}], as x has channels")
+                raise ValueError(
+                    f"weight has shape {list(weight.shape)}; expected [N, {num_inputs}], as x has channels"
+                )
             continue
         shapes = Shapes()
         shapes.check("x", x, "... K")

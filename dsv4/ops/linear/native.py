@@ -11,9 +11,9 @@ from dsv4 import native
 from dsv4.ops.linear import portable
 from dsv4.ops.linear.portable import Weight
 from dsv4.ops.lowbit import Packed, round_rows
+from dsv4.ops.lowbit.native import kind_of
 
 FIELDS = 10  # of ``Map`` in ``native/linear.c``
-FLOAT32, BFLOAT16, FP8, FP4, FP8_FLOAT = range(5)  # its kinds of weights
 
 
 def linear(x: torch.Tensor, weight: Weight, wide: bool) -> torch.Tensor:
@@ -39,7 +39,7 @@ def linears(x: torch.Tensor, weights: Sequence[Weight], wide: Sequence[bool]) ->
             assert rounded is not None
             codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
             used += [codes, scales]
-            own = (codes.data_ptr(), codes.shape[1], _kind(weight)), (scales.data_ptr(), scales.shape[1])
+            own = (codes.data_ptr(), codes.shape[1], kind_of(weight)), (scales.data_ptr(), scales.shape[1])
             start = rounded.data_ptr()
         else:
             used.append(plain := _whole_rows(weight))
@@ -71,12 +71,6 @@ def linear_groups(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _serves(x: torch.Tensor, weights: Sequence[Weight]) -> bool:
     plain = [x, *(weight for weight in weights if not isinstance(weight, Packed))]
     return not native.wants_gradient(*plain) and all(native.serves(one) and one.numel() for one in plain)
-
-
-def _kind(weight: Packed) -> int:
-    if weight.kind == "fp4":
-        return FP4
-    return FP8 if weight.scales.dtype == torch.uint8 else FP8_FLOAT
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from dsv4.ops.lowbit import Packed, dequantise, round_rows
 
-
 Weight = torch.Tensor | Packed
 
 

@@ -14,7 +14,15 @@ from dsv4.ops.lowbit.packed import Packed
 from dsv4.ops.lowbit.tables import BLOCK, FP4_GROUP
 
 DTYPES = (torch.float32, torch.bfloat16)
+FP8, FP4, FP8_FLOAT = 2, 3, 4  # kinds of codes in ``native/packed.h``; 0 is float32 and 1 bfloat16
 FEW = 1 << 15  # numbers that are not worth splitting over threads
+
+
+def kind_of(packed: Packed) -> int:
+    """Return the number by which kernels know a kind of codes."""
+    if packed.kind == "fp4":
+        return FP4
+    return FP8 if packed.scales.dtype == torch.uint8 else FP8_FLOAT
 
 
 def quantise_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,10 @@ class Packed:
         *rows, width = self.codes.shape
         return torch.Size([*rows, 2 * width if self.kind == "fp4" else width])
 
+    def one(self, index: int) -> Packed:
+        """Return one matrix of a stack."""
+        return Packed(self.codes[index], self.scales[index], self.kind)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the codes and scales."""
