@@ -151,7 +151,8 @@ def _engine(transformer: Transformer, longest: int, numerics: Numerics, options:
 
 def _line(at: AtLength) -> str:
     return (
-        f"at {tokens(at.length)}: prefill {at.prefill_tokens_per_s:,.0f} tokens/s, decode "
+        f"at {tokens(at.length)}: prompt {at.prompt_tokens_per_s:,.0f} tokens/s, at its end "
+        f"{at.prefill_tokens_per_s:,.0f}, decode "
         f"{at.decode_tokens_per_s:,.1f} tokens/s, cache {gibibytes(at.cache_used_bytes)}"
     )
 
@@ -164,23 +165,25 @@ def _print(results: dict[str, Any]) -> None:
             console.print(_table(title, results[name]))
     last, first = results["lengths"][-1], _reference(results["lengths"])
     if last is not first:
-        prefill, decode = (last[name] / first[name] for name in ("prefill_tokens_per_s", "decode_tokens_per_s"))
+        names = ("prompt_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+        prompt, end, decode = (last[name] / first[name] for name in names)
         console.print(
-            f"at {tokens(last['length'])}, of the rates at {tokens(first['length'])}: prefill {prefill:.2f}, decode "
-            f"{decode:.2f}"
+            f"at {tokens(last['length'])}, of the rates at {tokens(first['length'])}: the whole prompt {prompt:.2f}, "
+            f"its end {end:.2f}, decode {decode:.2f}"
         )
 
 
 def _table(title: str, found: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in (
-        "context", "prefill,\ntokens/s", "decode,\ntokens/s", "cache used,\nbytes", "predicted,\nbytes",
-        "process\nholds",
+        "context", "prompt,\ntokens/s", "its end,\ntokens/s", "decode,\ntokens/s", "cache used,\nbytes",
+        "predicted,\nbytes", "process\nholds",
     ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for at in found:
         table.add_row(
             tokens(at["length"]),
+            f"{at['prompt_tokens_per_s']:,.0f}",
             f"{at['prefill_tokens_per_s']:,.0f}",
             f"{at['decode_tokens_per_s']:,.1f}",
             f"{at['cache_used_bytes']:,}",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PANELS = (
-    ("prefill_tokens_per_s", "Prefill", "tokens per second", 1.0),
+    ("prompt_tokens_per_s", "The whole prompt", "tokens per second", 1.0),
     ("decode_tokens_per_s", "Decoding", "tokens per second", 1.0),
     ("cache_used_bytes", "Cache of the sequence", "MiB", 2.0**-20),
 )

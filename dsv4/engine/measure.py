@@ -288,6 +288,8 @@ class AtLength:
     prefill_tokens_per_s: float
     prefill_tokens: int
     """Over which it is measured: whole steps, at least SPAN_TOKENS and a share of 1 / SPAN_SHARE of the length."""
+    prompt_tokens_per_s: float
+    """Of the whole prompt up to here: its tokens over the seconds they took."""
     decode_tokens_per_s: float
     cache_used_bytes: int
     cache_predicted_bytes: int
@@ -312,6 +314,7 @@ def run_lengths(
     keeps prefixes in memory. tell: called after each step with the tokens run.
     """
     sampling = Sampling(max_tokens=1 + decode_tokens, temperature=0.0, ignore_eos=True, seed=0)
+    before: list[Step] = []  # of the prompt, for the lengths that were
     for length in lengths:
         prompt = token_ids[: length - sampling.max_tokens]
         id = meter.engine.add(prompt, sampling)
@@ -329,10 +332,12 @@ def run_lengths(
         assert rate is not None, "no step decoded; expected decode_tokens of at least 1"
         last = _last(prefill, max(SPAN_TOKENS, length // SPAN_SHARE))
         num_tokens = sum(step.prompt_tokens for step in last)
+        before += prefill
         yield AtLength(
             length=length,
             prefill_tokens_per_s=num_tokens / sum(step.seconds for step in last),
             prefill_tokens=num_tokens,
+            prompt_tokens_per_s=sum(step.prompt_tokens for step in before) / sum(step.seconds for step in before),
             decode_tokens_per_s=rate,
             cache_used_bytes=use.used_bytes,
             cache_predicted_bytes=use.predicted_bytes,

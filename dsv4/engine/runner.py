@@ -51,7 +51,7 @@ class Runner:
     def __init__(self, model: Transformer, cache: Cache) -> None:
         self.model, self.cache = model, cache
         self.device = model.embed.weight.device
-        self._listed: list[tuple[int, ...]] = [()] * cache.num_slots  # pages of each slot in the table
+        self._listed: list[tuple[list[int], int]] = [([], 0)] * cache.num_slots  # whose pages, how many in the table
         self._play = Player(self._few, MOST_TAPES)
         self._play_draft = Player(self._draft, MOST_TAPES)
         self._play_head = Player(self._head, MOST_PLAYED)
@@ -128,11 +128,11 @@ class Runner:
         """Write the pages of an entry's request into the table, as far as they are not there."""
         slot = entry.request.slot
         assert slot is not None, f"request {entry.request.id} has no slot; expected a running one"
-        pages, listed = tuple(entry.request.pages), self._listed[slot]
-        if pages != listed:
-            same = len(listed) if pages[: len(listed)] == listed else 0
+        pages, (listed, count) = entry.request.pages, self._listed[slot]
+        same = count if pages is listed else 0  # while a request has its slot, its list of pages only grows
+        if same < len(pages):
             self.cache.table[slot, same : len(pages)] = torch.tensor(pages[same:], dtype=torch.int32)
-            self._listed[slot] = pages
+            self._listed[slot] = pages, len(pages)
         return slot
 
     # ---- states and pages ----

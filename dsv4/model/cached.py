@@ -6,6 +6,7 @@ token reads of its own step is what the cache will hold of it, so nothing depend
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,7 +62,9 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
         q, index_q = linears(q_low, [layer.wq_b.weight, indexer.wq_b.weight], wide=[False, False], backend=backend)
         index_q = index_q.view(1, -1, indexer.num_heads, indexer.head_dim)
         index_q = rotate(index_q, *rotation, backend=backend)[0]  # [T, I, J]
-        weights = projected[-1] * (indexer.head_dim**-0.5 * indexer.num_heads**-0.5)
+        weights, scale = projected[-1], indexer.head_dim**-0.5 * indexer.num_heads**-0.5
+        if math.frexp(scale)[0] != 0.5:  # a power of two rounds nothing, and changes no choice
+            weights = weights * scale
         picked = select_paged(
             index_q, weights, cache.indexer.pages, places, indexer.top_k, row_format=row_format, backend=backend
         )

@@ -2,8 +2,8 @@
 //
 // A token's result depends on its own sequence alone. Its rows are listed in order: raw tokens from the oldest, then
 // entries. A score is a sum over whole vectors of channels, then over lanes by one tree; the sum of weights runs over
-// the list in vectors, the mix of rows one row after the other. Rows are read in place where the stored bytes are what
-// the products read, else from copies padded with zeros.
+// the list in vectors, the mix of rows one row after the other in each segment of the list, then over the segments.
+// Rows are read in place where the stored bytes are what the products read, else from copies padded with zeros.
 #include "rows.h"
 
 #ifdef __AVX512BF16__
@@ -19,6 +19,7 @@
 #define HEADS 8     // heads whose scores are held at once
 #define CHANNELS 64 // copied rows are padded to a multiple: TILE vectors
 #define NEAR 64     // rows that stay in the nearest cache from one tile of heads to the next
+#define SEGMENT 512 // rows whose mix is formed by itself, and that threads share a long list by
 
 typedef struct {
     long T, H, K, R, ring_tokens, window, ratio, num_picks, max_pages;
@@ -42,7 +43,7 @@ typedef struct {
     const char **rows;
     char *q, *entries;
     uint8_t *stored;
-    float *wide, *scores, *mixed;
+    float *wide, *scores, *mixed, *part;
     long held, num_held;
 } Bench;
 
@@ -98,6 +99,13 @@ static void copy_raw(const Step *s, long i, float *wide, uint8_t *stored) {
     copy_row(s, s->copies + i * s->stride, row, wide);
 }
 
+// By all threads, each its part.
+static void copy_all(const Step *s, float *wide, uint8_t *stored) {
+    long num_copies = s->is_direct ? 0 : s->T + s->num_older;
+#pragma omp for schedule(static)
+    for (long i = 0; i < num_copies; i++) copy_raw(s, i, wide, stored);
+}
+
 // Find every sequence's older rows.
 static void find_older(Step *s) {
     s->older = room(s->T * sizeof(long));
@@ -126,6 +134,14 @@ static long list_raw(const Step *s, long t, const char **rows) {
     return count;
 }
 
+// Where to read an entry: in place, or in a copy.
+static const char *read_entry(const Step *s, long slot, long entry, char *copy, float *wide) {
+    const uint8_t *row = entry_row(s, slot, entry);
+    if (s->is_direct) return (const char *)row;
+    copy_row(s, copy, row, wide);
+    return copy;
+}
+
 // Neighbouring tokens of a sequence see the same entries but the last; copies of them are kept.
 static long list_entries(const Step *s, long t, Bench *b, const char **rows) {
     long slot = s->slot[t], total = num_entries(s, t), count = 0;
@@ -133,10 +149,9 @@ static long list_entries(const Step *s, long t, Bench *b, const char **rows) {
     for (long i = 0; i < total; i++) {
         long entry = s->picked ? s->picked[t * s->num_picks + i] : i;
         if (entry < 0) continue;
-        const uint8_t *row = entry_row(s, slot, entry);
         char *copy = b->entries + count * s->stride;
-        if (!s->is_direct && count >= num_held) copy_row(s, copy, row, b->wide);
-        rows[count++] = s->is_direct ? (const char *)row : copy;
+        rows[count] = count < num_held && !s->is_direct ? copy : read_entry(s, slot, entry, copy, b->wide);
+        count++;
     }
     b->held = slot;
     b->num_held = at_least(num_held, count);
@@ -204,21 +219,33 @@ INLINE void mix_tile(float *mixed, long K, const float *weights, long width, con
         for (int i = 0; i < TILE; i++) store(mixed + h * K + i * LANES, total[h][i]);
 }
 
-INLINE void score_rows(const Step *s, const Bench *b, long heads, long count, long width, int is_narrow) {
-    for (long near = 0; near < count; near += NEAR)
+// Scores of rows [from, end) of the list.
+INLINE void score_tiles(const Step *s, const Bench *b, long heads, long from, long end, long width, int is_narrow) {
+    for (long near = from; near < end; near += NEAR)
         for (long h = 0; h < heads; h += TILE)
-            for (long j = near; j < count && j < near + NEAR; j += TILE)
+            for (long j = near; j < end && j < near + NEAR; j += TILE)
                 score_tile(b->scores + h * width + j, width, b->q + h * s->stride, b->rows + j, s->stride, is_narrow);
 }
 
-INLINE void mix_rows(const Step *s, const Bench *b, long heads, long count, long width, int is_narrow) {
+static void score_rows(const Step *s, const Bench *b, long heads, long from, long end, long width) {
+    s->is_narrow ? score_tiles(s, b, heads, from, end, width, 1) : score_tiles(s, b, heads, from, end, width, 0);
+}
+
+INLINE void mix_tiles(const Step *s, const Bench *b, float *mixed, long heads, long from, long end, long width,
+                      int is_narrow) {
     long element = is_narrow ? 2 : 4, K = s->stride / element;
-    memset(b->mixed, 0, 4 * HEADS * K);
-    for (long near = 0; near < count; near += NEAR)
+    memset(mixed, 0, 4 * HEADS * K);
+    for (long near = from; near < end; near += NEAR)
         for (long h = 0; h < heads; h += TILE)
             for (long d = 0; d < K; d += CHANNELS)
-                mix_tile(b->mixed + h * K + d, K, b->scores + h * width + near, width, b->rows + near,
-                         at_most(NEAR, count - near), d * element, is_narrow);
+                mix_tile(mixed + h * K + d, K, b->scores + h * width + near, width, b->rows + near,
+                         at_most(NEAR, end - near), d * element, is_narrow);
+}
+
+// The mix of rows [from, end), a segment of the list at most.
+static void mix_rows(const Step *s, const Bench *b, float *mixed, long heads, long from, long end, long width) {
+    s->is_narrow ? mix_tiles(s, b, mixed, heads, from, end, width, 1)
+                 : mix_tiles(s, b, mixed, heads, from, end, width, 0);
 }
 
 // Turn a head's scores, whole vectors of them, into weights; returns one over their sum and the sink's weight.
@@ -254,6 +281,18 @@ static void write_head(const Step *s, long t, long head, const float *mixed, flo
     write_row(s->out, (t * s->H + head) * s->K, wide, s->K, s->is_bfloat16);
 }
 
+static void read_heads(const Step *s, long t, long head, long heads, char *q, float *wide) {
+    memset(q, 0, HEADS * s->stride);
+    for (long h = 0; h < heads; h++) {
+        read_row(wide, s->q, (t * s->H + head + h) * s->K, s->K, s->is_bfloat16);
+        write_row(q + h * s->stride, 0, wide, s->K, s->is_narrow);
+    }
+}
+
+static void add_part(float *mixed, const float *part, long n) {
+    for (long i = 0; i < n; i++) mixed[i] += part[i];
+}
+
 // Heads [head, end) of token t.
 static void attend_token(const Step *s, Bench *b, long t, long head, long end) {
     long count = list_raw(s, t, b->rows);
@@ -262,21 +301,57 @@ static void attend_token(const Step *s, Bench *b, long t, long head, long end) {
     long width = whole(count), K = s->stride / (s->is_narrow ? 2 : 4);
     for (; head < end; head += HEADS) {
         long heads = at_most(HEADS, end - head);
-        memset(b->q, 0, HEADS * s->stride);
-        for (long h = 0; h < heads; h++) {
-            read_row(b->wide, s->q, (t * s->H + head + h) * s->K, s->K, s->is_bfloat16);
-            write_row(b->q + h * s->stride, 0, b->wide, s->K, s->is_narrow);
-        }
-        s->is_narrow ? score_rows(s, b, heads, count, width, 1) : score_rows(s, b, heads, count, width, 0);
+        read_heads(s, t, head, heads, b->q, b->wide);
+        score_rows(s, b, heads, 0, count, width);
         float factor[HEADS];
         for (long h = 0; h < heads; h++)
             factor[h] = weigh(b->scores + h * width, count, width, s->scale, s->sink[head + h]);
-        s->is_narrow ? mix_rows(s, b, heads, count, width, 1) : mix_rows(s, b, heads, count, width, 0);
+        mix_rows(s, b, b->mixed, heads, 0, at_most(SEGMENT, count), width);
+        for (long from = SEGMENT; from < count; from += SEGMENT) {
+            mix_rows(s, b, b->part, heads, from, at_most(from + SEGMENT, count), width);
+            add_part(b->mixed, b->part, heads * K);
+        }
         for (long h = 0; h < heads; h++) write_head(s, t, head + h, b->mixed + h * K, factor[h], b->wide);
     }
 }
 
-static Bench bench(const Step *s) {
+// Token t by all threads together, each with segments of its list: their scores, the weights of a head, the mix of
+// segments. All work in ``b``, whose part has room for all segments; ``wide`` is a thread's own.
+static void attend_together(const Step *s, Bench *b, long t, float *wide, float *factor) {
+    long raw = at_most(s->window, s->position[t] + 1), count = raw + num_entries(s, t), slot = s->slot[t];
+    long width = whole(count), K = s->stride / (s->is_narrow ? 2 : 4), segments = (count + SEGMENT - 1) / SEGMENT;
+#pragma omp single
+    list_raw(s, t, b->rows);
+    for (long head = 0; head < s->H; head += HEADS) {
+        long heads = at_most(HEADS, s->H - head);
+#pragma omp single
+        read_heads(s, t, head, heads, b->q, wide);
+#pragma omp for schedule(static)
+        for (long segment = 0; segment < segments; segment++) {
+            long from = segment * SEGMENT, end = at_most(from + SEGMENT, count);
+            for (long i = at_least(from - raw, 0); head == 0 && i < end - raw; i++)
+                b->rows[raw + i] = read_entry(s, slot, i, b->entries + i * s->stride, wide);
+            for (long j = count; head == 0 && end == count && j < count + TILE; j++) b->rows[j] = b->rows[count - 1];
+            score_rows(s, b, heads, from, end, width);
+        }
+#pragma omp for schedule(static)
+        for (long h = 0; h < heads; h++)
+            factor[h] = weigh(b->scores + h * width, count, width, s->scale, s->sink[head + h]);
+#pragma omp for schedule(static)
+        for (long segment = 0; segment < segments; segment++)
+            mix_rows(s, b, b->part + segment * HEADS * K, heads, segment * SEGMENT,
+                     at_most((segment + 1) * SEGMENT, count), width);
+#pragma omp for schedule(static)
+        for (long h = 0; h < heads; h++) {
+            float *mixed = b->part + h * K;
+            for (long segment = 1; segment < segments; segment++) add_part(mixed, mixed + segment * HEADS * K, K);
+            write_head(s, t, head + h, mixed, factor[h], wide);
+        }
+    }
+}
+
+// ``segments``: that ``part`` holds.
+static Bench bench(const Step *s, long segments) {
     long count = s->most_raw + s->most_entries + TILE, channels = s->stride / (s->is_narrow ? 2 : 4);
     Bench b = {.held = -1};
     b.rows = room(count * sizeof(char *));
@@ -286,6 +361,7 @@ static Bench bench(const Step *s) {
     b.wide = room(4 * channels);
     b.scores = room(4 * HEADS * whole(count));
     b.mixed = room(4 * HEADS * channels);
+    b.part = room(4 * segments * HEADS * channels);
     return b;
 }
 
@@ -297,23 +373,34 @@ static void clear(Bench *b) {
     free(b->wide);
     free(b->scores);
     free(b->mixed);
+    free(b->part);
 }
 
-static void run(Step *s, int threads) {
-    long num_copies = s->is_direct ? 0 : s->T + s->num_older;
-    s->copies = room(num_copies * s->stride);
-    find_older(s);
+// Tokens after one another, where they are few and their lists long.
+static void run_together(const Step *s, int threads) {
+    Bench all = bench(s, (s->most_raw + s->most_entries + SEGMENT - 1) / SEGMENT);
+    float factor[HEADS];
+#pragma omp parallel num_threads(threads)
+    {
+        float *wide = room(s->stride * (s->is_narrow ? 2 : 1));
+        uint8_t *stored = room(s->row);
+        copy_all(s, wide, stored);
+        for (long t = 0; t < s->T; t++) attend_together(s, &all, t, wide, factor);
+        free(wide);
+        free(stored);
+    }
+    clear(&all);
+}
+
+static void run(const Step *s, int threads) {
     // Few tokens share out their heads too, so that no thread is idle.
     long share = s->T < 4 * threads ? (s->H + threads - 1) / threads : s->H;
     share = (share + TILE - 1) / TILE * TILE;
     long shares = (s->H + share - 1) / share;
 #pragma omp parallel num_threads(threads)
     {
-        Bench b = bench(s);
-        if (num_copies) {
-#pragma omp for schedule(static)
-            for (long i = 0; i < num_copies; i++) copy_raw(s, i, b.wide, b.stored);
-        }
+        Bench b = bench(s, 1);
+        copy_all(s, b.wide, b.stored);
 #pragma omp for schedule(dynamic) nowait
         for (long item = 0; item < s->T * shares; item++) {
             long head = item % shares * share;
@@ -321,9 +408,6 @@ static void run(Step *s, int threads) {
         }
         clear(&b);
     }
-    free(s->copies);
-    free(s->older);
-    free(s->older_rows);
 }
 
 // num_picks: of a token, -1 for all visible entries. max_pages: of a slot. pages and picked may be null.
@@ -345,7 +429,14 @@ void dsv4_attend_paged(long T, long H, long K, long R, long ring_tokens, long wi
         s.most_entries = at_least(s.most_entries, num_entries(&s, t));
         s.num_older += first[t] == t ? older_seen(&s, t) : 0;
     }
-    if (T) run(&s, threads);
+    if (!T) return;
+    s.copies = room(s.is_direct ? 0 : (T + s.num_older) * s.stride);
+    find_older(&s);
+    int is_long = !picked && s.most_raw + s.most_entries >= 4 * SEGMENT;
+    is_long && T < threads ? run_together(&s, threads) : run(&s, threads);
+    free(s.copies);
+    free(s.older);
+    free(s.older_rows);
 }
 
 // Store the last tokens of each sequence of a step, at most a ring of them.

@@ -28,7 +28,7 @@ static void decode(void *to, const Codes *w, long row, long K, int is_bfloat16) 
     for (long k0 = 0; k0 < K; k0 += group) {
         long k1 = k0 + group < K ? k0 + group : K, k = k0;
         float scale = scale_of(w, row, k0 / group), few[FP8_BLOCK];
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
         const uint8_t *codes = w->codes + (row - w->first) * w->stride;
         int shift = (int)(bits_of(scale) >> 23) - 127;
         if (is_bfloat16 && is_plain_scale(shift + 127))

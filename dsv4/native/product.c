@@ -127,7 +127,7 @@ INLINE floats elements_of_w(const char *row, long k, int kind) {
     return IN_PAIRS(kind) ? round_to_pairs(w, load_floats(row + 4 * (k + WIDTH))) : rounded_lanes(w);
 }
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define CODED 1
 
 INLINE floats elements_of_codes(const char *row, const uint8_t *scales, long k, int kind) {

@@ -56,7 +56,17 @@ static inline void row_read_narrow(uint16_t *restrict to, const uint8_t *restric
     for (long first = 0; first < plain; first += ROW_GROUP) {
         long end = first + ROW_GROUP < plain ? first + ROW_GROUP : plain;
         float factor = e8m0_value(scale[first / ROW_GROUP]);
-        for (long i = first; i < end; i++) to[i] = bits_of(e4m3_value(row[i]) * factor) >> 16;
+        long i = first;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+        if (is_plain_scale(scale[first / ROW_GROUP]))
+            for (; i + 32 <= end; i += 32) {
+                __m256i sizes = _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(row + i)), _mm256_set1_epi8(0x7f));
+                __mmask32 is_nan = _mm256_cmpeq_epi8_mask(sizes, _mm256_set1_epi8(0x7f));
+                __m512i numbers = fp8_pairs(row + i, (int)scale[first / ROW_GROUP] - 127);
+                _mm512_storeu_si512(to + i, _mm512_mask_mov_epi16(numbers, is_nan, _mm512_set1_epi16(0x7fc0)));
+            }
+#endif
+        for (; i < end; i++) to[i] = bits_of(e4m3_value(row[i]) * factor) >> 16;
     }
     memcpy(to + plain, row + plain, 2 * R);
 }

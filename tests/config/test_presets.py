@@ -59,9 +59,11 @@ def test_smoke_is_tiny():
     assert 100_000 < parameters(smoke()).with_mtp.total < 350_000
 
 
-def test_nano_1m_is_nano_but_for_its_context():
-    assert dataclasses.replace(nano_long(), max_context=nano().max_context) == nano()
-    assert nano_long().max_context == 2**20
+def test_nano_1m_is_nano_but_for_its_context_and_indexer():
+    small, long = nano(), nano_long()
+    assert dataclasses.replace(long, max_context=small.max_context, indexer=small.indexer) == small
+    assert dataclasses.replace(long.indexer, num_heads=small.indexer.num_heads) == small.indexer
+    assert (long.max_context, long.indexer.num_heads) == (2**20, 1)
 
 
 def test_bench_engine_is_the_shape_of_the_benchmark():

@@ -41,6 +41,21 @@ def test_the_table_is_the_result(case):
     assert case["cache_used_bytes"] == case["cache_predicted_bytes"]
 
 
+CONTEXT = json.loads((ROOT / "bench" / "results" / "context_cpu.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("at", CONTEXT["lengths"], ids=lambda at: str(at["length"]))
+def test_the_table_of_lengths_is_the_result(at):
+    dense = next((d for d in CONTEXT["dense"] if d["length"] == at["length"]), None)
+    names = ("prompt_tokens_per_s", "decode_tokens_per_s")
+    cells = [f"{found[name]:,.0f}" if found else "-" for found in (at, dense) for name in names]
+    memory = f"{at['cache_used_bytes'] / 2**20:,.1f} MiB"
+    assert f"| {at['length']:,} | {' | '.join(cells)} | {memory} |" in TEXT
+    assert at["cache_used_bytes"] == at["cache_predicted_bytes"]
+    assert at["resident_bytes"] < 24 * 2**30
+
+
 def test_machine_and_date_are_named():
-    assert RESULT["machine"] in TEXT
-    assert RESULT["date"] in TEXT
+    for result in (RESULT, CONTEXT):
+        assert result["machine"] in TEXT
+        assert result["date"] in TEXT

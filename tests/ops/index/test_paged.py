@@ -224,6 +224,105 @@ def test_every_packed_code_and_scale_reads_as_the_format_says(dtype):
     assert torch.equal(cache.select(queries, step, 50, "native"), wide.select(queries, step, 50, "native"))
 
 
+def on_the_packed_grid(*shape):
+    """Random keys as packing rounds them: a scale of its own for each group."""
+    x = torch.randn(*shape) * 2.0 ** torch.randint(-3, 4, (shape[0], 1))
+    return unpack_index(
+        pack_index(x, row_format="packed"), row_format="packed", channels=shape[1], dtype=torch.bfloat16
+    )
+
+
+def assert_packed_keys_choose_alike(queries, keys, step, num_picks):
+    """Packed keys, of which many are only bounded, choose as the same ones in bfloat16, which all have scores."""
+    packed, wide = (Cache(keys, row_format) for row_format in ("packed", "bfloat16"))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        wanted, picked = (cache.select(queries, step, num_picks, "native") for cache in (wide, packed))
+        assert torch.equal(picked, wanted)
+
+
+# One query alone, fewer than a tile, several tiles.
+DEEP_STEPS = [[(0, 8599, 1)], [(0, 8560, 5), (1, 700, 1)], [(0, 8581, 19)]]
+
+
+@needs_native
+@pytest.mark.parametrize("num_picks", [1, 2, 30])
+@pytest.mark.parametrize(("heads", "width"), [(1, 64), (3, 32), (9, 128), (2, 96)])
+def test_bounds_leave_out_no_entry_that_is_picked(heads, width, num_picks):
+    queries = [(torch.randn(8600, heads, width).bfloat16(), torch.randn(8600, heads).bfloat16()) for _ in range(2)]
+    keys = [on_the_packed_grid(count, width) for count in (2150, 200)]
+    for step in DEEP_STEPS:
+        assert_packed_keys_choose_alike(queries, keys, step, num_picks)
+
+
+def aligned():
+    """Keys that differ in a step of one channel, and queries that agree with all channels."""
+    keys = torch.full((2150, 64), 6.0)
+    keys[torch.arange(2150), torch.randint(64, (2150,))] = 4.0
+    return torch.rand(8600, 2, 64) + 0.5, keys * torch.where(torch.randn(2150, 1) < 0, -1, 1)
+
+
+def balanced():
+    """Keys of two channels that take each other off but for what 8 bits of a query do not tell apart."""
+    q, keys = 1 + torch.rand(8600, 2, 64) / 64, torch.zeros(2150, 64)
+    q[..., 0] = 2
+    pair = torch.rand(2150, 63).topk(2).indices + 1
+    return q, keys.scatter(1, pair, torch.tensor([6.0, -6.0]).expand(2150, 2))
+
+
+@needs_native
+@pytest.mark.parametrize("num_picks", [1, 2])
+@pytest.mark.parametrize("make", [aligned, balanced])
+def test_bounds_hold_where_scores_are_close(make, num_picks):
+    q, keys = make()
+    weights = torch.where(torch.rand(8600, 2) < 0.5, -1.0, 1.0)
+    for step in ([(0, 8599, 1)], [(0, 8581, 19)]):
+        assert_packed_keys_choose_alike([(q.bfloat16(), weights)], [keys.bfloat16()], step, num_picks)
+
+
+@needs_native
+def test_many_equal_scores_under_a_bound():
+    queries, keys = [(small_integers(8600, 2, 64), small_integers(8600, 2))], [small_integers(2150, 64)]
+    queries, keys = [(q.bfloat16(), w.bfloat16()) for q, w in queries], [k.bfloat16() for k in keys]
+    for step, num_picks in itertools.product(([(0, 8599, 1)], [(0, 8581, 19)]), (1, 2, 30)):
+        cache = Cache(keys, "packed")
+        wanted, picked = (cache.select(queries, step, num_picks, backend) for backend in ("reference", "native"))
+        assert torch.equal(picked, wanted)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("what", "factor"),
+    [
+        *itertools.product(["q", "weights", "keys"], [0.0, 2.0**-118, 2.0**-70, 2.0**70, 2.0**118]),
+        *itertools.product(["q", "one channel", "weights"], [torch.inf, torch.nan]),  # no key is stored with them
+    ],
+)
+def test_numbers_beyond_the_reach_of_bounds(what, factor):
+    """A third of the queries, heads or keys are so large or small that a bound could not hold."""
+    q, weights, keys = torch.randn(8600, 2, 64), torch.randn(8600, 2), on_the_packed_grid(2150, 64).float()
+    changed = {"q": q, "one channel": q[..., 5], "weights": weights, "keys": keys}[what]
+    changed[torch.rand(changed.shape[:1] if what == "keys" else changed.shape[:2]) < 1 / 3] *= factor
+    stored = pack_index(keys, row_format="packed")
+    keys = unpack_index(stored, row_format="packed", channels=64, dtype=torch.bfloat16)
+    for step in ([(0, 8599, 1)], [(0, 8581, 19)]):
+        assert_packed_keys_choose_alike([(q.bfloat16(), weights.bfloat16())], [keys], step, 2)
+
+
+@needs_native
+def test_keys_with_a_group_that_is_not_a_number():
+    keys = [on_the_packed_grid(2150, 64)]
+    packed, wide = Cache(keys, "packed"), Cache(keys, "bfloat16")
+    is_spoilt = torch.rand(packed.pages.shape[:2]) < 1 / 3
+    packed.pages[..., 32][is_spoilt] = 255  # the first group's scale
+    values = unpack_index(packed.pages, row_format="packed", channels=64, dtype=torch.bfloat16)
+    wide.table, wide.pages = packed.table, values.view(torch.uint8)
+    queries = [(torch.randn(8600, 2, 64).bfloat16(), torch.randn(8600, 2).bfloat16())]
+    for step in ([(0, 8599, 1)], [(0, 8581, 19)]):
+        wanted, picked = (cache.select(queries, step, 2, "native") for cache in (wide, packed))
+        assert torch.equal(picked, wanted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_input_and_weights_of_another_dtype(backend):
     step = [(1, 0, 90)]
