@@ -135,6 +135,7 @@ def test_context(bench, tmp_path):
     assert [at["length"] for at in results["dense"]] == [64, 160]
     for at in results["lengths"] + results["dense"]:
         assert at["prefill_tokens_per_s"] > 0
+        assert at["prompt_tokens_per_s"] > 0
         assert at["decode_tokens_per_s"] > 0
         assert at["resident_bytes"] > 10**7
         assert at["cache_used_bytes"] == at["cache_predicted_bytes"]
@@ -142,9 +143,9 @@ def test_context(bench, tmp_path):
     assert results["dense"][1]["cache_used_bytes"] == (160 - 2) * 6 * 80 * 2  # a row in every ring for all that is run
     assert "compressed" in out
     assert "dense twin" in out
-    assert "at 300, of the rates at 64: prefill" in out
+    assert "at 300, of the rates at 64: the whole prompt" in out
     text = plot.read_text(encoding="utf-8")
-    for word in ("Prefill", "Decoding", "Cache of the sequence", "dense twin", "160"):
+    for word in ("The whole prompt", "Decoding", "Cache of the sequence", "dense twin", "160"):
         assert word in text
 
 

@@ -261,6 +261,24 @@ def test_the_same_bits_however_a_sequence_is_cut(dtype, kind, row_format):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ratio", [0, 4])
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_the_same_bits_of_a_long_list_by_all_threads_together(dtype, ratio, row_format):
+    """More rows than a thread takes alone, of few tokens and of many: several segments, the last of them broken."""
+    length, window = (2500, 2200) if ratio == 0 else (8900, 9)
+    world = World([length], row_format, dtype, (ratio, None), H=10, K=24, R=6, window=window)
+    torch.set_num_threads(1)
+    together = [(0, length - 9, length)]
+    wanted = world.run(together, "native")
+    formula, largest = world.wanted(together[:1])
+    assert (wanted.double() - formula).abs().max() <= (2e-3 + (2**-8 if dtype == torch.bfloat16 else 0)) * largest
+    for num_threads, count in itertools.product((1, 2, 3), (1, 2)):
+        torch.set_num_threads(num_threads)
+        assert world.run([(0, length - count, length)], "native").equal(wanted[-count:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [64, 70])  # rows in one of the formats are read in place, or in none
 def test_formats_that_lose_nothing_give_the_same_bits(dtype, K):
     """Rows on the grid of the packed format, as a released model makes them, in each format that holds them."""

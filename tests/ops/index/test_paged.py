@@ -310,6 +310,14 @@ def test_numbers_beyond_the_reach_of_bounds(what, factor):
 
 
 @needs_native
+def test_a_head_that_is_not_a_number_takes_nothing_off():
+    q, keys = torch.rand(8600, 2, 64) + 0.5, on_the_packed_grid(2150, 64).abs()
+    q[:, 0, 5] = torch.nan
+    for step in ([(0, 8599, 1)], [(0, 8581, 19)]):
+        assert_packed_keys_choose_alike([(q.bfloat16(), -torch.ones(8600, 2))], [keys], step, 2)
+
+
+@needs_native
 def test_keys_with_a_group_that_is_not_a_number():
     keys = [on_the_packed_grid(2150, 64)]
     packed, wide = Cache(keys, "packed"), Cache(keys, "bfloat16")
