@@ -17,6 +17,7 @@ from dsv4.checkpoint.names import released_tensors
 from dsv4.checkpoint.save import INDEX
 from dsv4.checkpoint.tensor_file import TensorFile
 from dsv4.config.load import load_config
+from dsv4.model.moe import Router
 from dsv4.model.transformer import Transformer
 from dsv4.ops.backend import BackendChoice
 
@@ -69,16 +70,32 @@ def load_model(
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     opened = [TensorFile(root / file) for file in sorted(set(files.values()))]
     if weights == "mapped" or expert_bytes is not None:
-        return leave_in_files(
+        model = leave_in_files(
             config, opened, dtype, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
         )
+        _check_tables(root, model)
+        return model
     model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
     targets = dict(released_tensors(model))
     for file in opened:
         for name in file.tensors:
             file.load_(name, targets[name])
         file.close()
+    _check_tables(root, model)
     return model.eval()
+
+
+def _check_tables(root: Path, model: Transformer) -> None:
+    """Refuse a hash layer's table that names an expert which is not there: nothing looks at it again."""
+    count = model.config.moe.num_experts
+    for name, module in model.named_modules():
+        table = module.tid2eid if isinstance(module, Router) else None
+        if table is None:
+            continue
+        lowest, highest = int(table.min()), int(table.max())
+        if lowest < 0 or highest >= count:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"checkpoint {root}: {name}.tid2eid holds expert {wrong}; expected 0 to {count - 1}")
 
 
 def _files(root: Path) -> dict[str, str]:

@@ -147,7 +147,7 @@ class Runner:
 
     def state_payload(self, state: State) -> list[np.ndarray]:
         """Return a state as buffers to write."""
-        return [part.contiguous().view(torch.uint8).numpy() for part in state]
+        return [part.cpu().contiguous().view(torch.uint8).numpy() for part in state]
 
     def read_state(self, payload: memoryview) -> State | None:
         """Return the state of written buffers; None if their length is not a state's."""
@@ -163,7 +163,7 @@ class Runner:
 
     def page_payload(self, page: int) -> list[np.ndarray]:
         """Return a page's entries as buffers to write."""
-        return [part.numpy() for part in self.cache.page(page)]
+        return [part.cpu().numpy() for part in self.cache.page(page)]
 
     def read_page(self, page: int, payload: memoryview) -> bool:
         """Fill a page with written buffers; False if their length is not a page's."""

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -44,8 +45,14 @@ class Recorder(Protocol):
     def add(self, run: Callable[..., object], arguments: Sequence[Any], keeps: Sequence[Any]) -> None: ...
 
 
-recorders: list[Recorder] = []
-"""Those that record now."""
+class _Recorders(threading.local):
+    """Those that record now, each the calls of its own thread."""
+
+    def __init__(self) -> None:
+        self.now: list[Recorder] = []
+
+
+recorders = _Recorders()
 
 
 class BuildError(RuntimeError):
@@ -100,7 +107,7 @@ def call(name: str, *arguments: torch.Tensor | float | ctypes.Array | ctypes._Po
     else:
         with record_function(name):
             run(*given)
-    for recorder in recorders:
+    for recorder in recorders.now:
         recorder.add(run, given, arguments)
 
 

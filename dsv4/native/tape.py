@@ -28,7 +28,7 @@ _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class Tape(TorchDispatchMode):
-    """Records while entered: kernels through ``native.call``, whatever else torch computes through its dispatch."""
+    """Records what its thread computes while entered: kernels through ``native.call``, the rest by torch's dispatch."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -42,11 +42,11 @@ class Tape(TorchDispatchMode):
         self._kept: list[Any] = []  # tensors whose memory the calls know by address
 
     def __enter__(self) -> Tape:
-        native.recorders.append(self)
+        native.recorders.now.append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        native.recorders.remove(self)
+        native.recorders.now.remove(self)
         super().__exit__(*error)
 
     def add(self, run: Callable[..., object], arguments: Sequence[Any], keeps: Sequence[Any]) -> None:
@@ -105,7 +105,8 @@ class Player(Generic[_Result]):
             if isinstance(mine, torch.Tensor):
                 mine.copy_(as_tensor(given))
             else:
-                memoryview(mine)[:] = memoryview(given)  # type: ignore[arg-type]
+                assert isinstance(given, array), f"input is {type(given)}; expected the array it was recorded with"
+                memoryview(mine)[:] = memoryview(given)
         tape.play()
         return result
 

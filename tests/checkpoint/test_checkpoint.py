@@ -310,6 +310,16 @@ def test_a_table_is_not_taken_for_a_matrix_nor_a_matrix_for_a_table(single, no_m
     assert "layers.2.ffn.gate.bias: has dtype I64; expected BF16 or F32" in message
 
 
+@pytest.mark.parametrize("wrong", [-1, flash_like().moe.num_experts])
+@pytest.mark.parametrize("weights", ["memory", "mapped"])
+def test_a_table_of_experts_that_are_not_there(single, wrong, weights):
+    name = "layers.1.ffn.gate.tid2eid"
+    tensors = load_file(single / SINGLE)
+    tensors[name][7, 1] = wrong
+    save_file(tensors, single / SINGLE)
+    assert f"{name} holds expert {wrong}; expected 0 to" in refusal(single, weights=weights)
+
+
 def test_a_long_list_is_cut_and_counted(single, no_model):
     extra = {f"extra.{number}": torch.zeros(1) for number in range(25)}
     lines = refusal(single(extra)).splitlines()

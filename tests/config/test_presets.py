@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from dsv4.accounting.flops import decode
 from dsv4.accounting.parameters import parameters
 from dsv4.config.model import RATIO
 from dsv4.config.presets import (
@@ -64,6 +65,15 @@ def test_nano_1m_is_nano_but_for_its_context_and_indexer():
     assert dataclasses.replace(long, max_context=small.max_context, indexer=small.indexer) == small
     assert dataclasses.replace(long.indexer, num_heads=small.indexer.num_heads) == small.indexer
     assert (long.max_context, long.indexer.num_heads) == (2**20, 1)
+
+
+def test_the_indexer_of_nano_1m_has_the_share_of_flash_at_a_million_tokens():
+    def share(config):
+        costs = decode(config, 2**20)
+        return sum(cost.flops for cost in costs if cost.kind == "indexer") / sum(cost.flops for cost in costs)
+
+    shares = [share(config) for config in (nano_long(), flash(), nano())]
+    assert [round(100 * x) for x in shares] == [71, 65, 95]
 
 
 def test_bench_engine_is_the_shape_of_the_benchmark():

@@ -1,5 +1,7 @@
 """A played run gives what a run gives: kernels, torch's own operations, views and changes in place."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -73,4 +75,12 @@ def test_recorded_only_while_entered():
     assert len(tape._calls) == 1
     rmsnorm(x, NORM, 1e-6, backend="native")
     assert len(tape._calls) == 1
-    assert not native.recorders
+    assert not native.recorders.now
+
+
+def test_another_threads_kernels_are_not_recorded():
+    x = torch.ones(2, 5)
+    with Tape() as tape, ThreadPoolExecutor(1) as other:
+        other.submit(rmsnorm, x, NORM, 1e-6, backend="native").result()
+        rmsnorm(x, NORM, 1e-6, backend="native")
+    assert len(tape._calls) == 1
