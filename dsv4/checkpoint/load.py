@@ -92,7 +92,7 @@ def _check_tables(root: Path, model: Transformer) -> None:
         table = module.tid2eid if isinstance(module, Router) else None
         if table is None:
             continue
-        lowest, highest = int(table.min()), int(table.max())
+        lowest, highest = int(table.numpy().min()), int(table.numpy().max())  # no tensor is made for it
         if lowest < 0 or highest >= count:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"checkpoint {root}: {name}.tid2eid holds expert {wrong}; expected 0 to {count - 1}")
