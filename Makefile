@@ -50,7 +50,7 @@ bench-engine: .venv/ready  ## the engine on 246M parameters: prefill, decode, ti
 	$(BIN)/dsv4 bench engine --prompt-tokens 512 4096 16384 --concurrency 1 8 --json bench/results/engine_cpu.json
 
 bench-context: .venv/ready  ## a sequence from 4K to a million tokens, beside dense attention; five minutes
-	$(BIN)/dsv4 bench context --cache-format packed --decode-tokens 64 --json bench/results/context_cpu.json \
+	$(BIN)/dsv4 bench context --cache-format packed --decode-tokens 256 --json bench/results/context_cpu.json \
 		--plot docs/context.svg
 
 clean:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dsv4.model.transformer import Transformer
 
 NAMES = {"lengths": "compressed", "dense": "dense twin"}
+WARM_UP_TOKENS = 130  # of output: every shape of a step is recorded in them, one ends an entry of an HCA layer
 REFERENCE = 16384  # tokens of context that the last length is compared with, if it is measured
 
 
@@ -116,12 +117,13 @@ def _measure(
 
     token_ids = random_prompts(transformer.config, 1, lengths[-1], options.seed)[0]
     warm = random_prompts(transformer.config, 1, min(lengths[0] - 2, options.step_tokens), options.seed + 1)
+    warm_tokens = min(WARM_UP_TOKENS, lengths[-1] - len(warm[0]))
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed:,} tokens"),
         TimeElapsedColumn(), console=notes(), transient=True, redirect_stdout=False,
     )  # fmt: skip
     with _engine(transformer, lengths[-1], results["numerics"], options) as engine, progress:
-        engine.generate(warm, Sampling(max_tokens=2, temperature=0.0, ignore_eos=True, seed=0))
+        engine.generate(warm, Sampling(max_tokens=warm_tokens, temperature=0.0, ignore_eos=True, seed=0))
         task = progress.add_task(NAMES[name], total=lengths[-1])
         for at in run_lengths(
             Meter(engine, time.perf_counter), token_ids, lengths, decode_tokens=results["decode_tokens"],

@@ -19,7 +19,7 @@ from dsv4.ops.backend import resolve
 from dsv4.ops.places import PAGE_TOKENS
 from dsv4.ops.rows import RowFormat
 
-FORMAT = b"dsv4 prefix 1"  # changes with what states and pages hold
+FORMAT = b"dsv4 prefix 2"  # changes with what states and pages hold
 _EXPERT = ".ffn.experts."
 
 

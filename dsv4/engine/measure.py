@@ -325,7 +325,8 @@ def run_lengths(
             step, _ = meter.step()
             (prefill if step.prompt_tokens else decode).append(step)
             for request in meter.engine.scheduler.running:
-                use, held = cache_use(meter.engine), resident()
+                if len(request.output_ids) == decode_tokens:  # once: it reads the whole cache, which slows what follows
+                    use, held = cache_use(meter.engine), resident()
                 tell(request.num_computed)
         meter.engine.take(id)
         rate = _rate(decode)

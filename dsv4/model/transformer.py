@@ -18,6 +18,7 @@ from dsv4.model.expert_pool import ExpertPool
 from dsv4.model.linear import Linear, Norm
 from dsv4.model.record import LayerRecord, check_records
 from dsv4.model.state import State
+from dsv4.native.large_pages import prefer_large_pages
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend, BackendChoice, check_backend, resolve
 from dsv4.ops.linear import linear
@@ -97,6 +98,7 @@ class Transformer(nn.Module):
         _add_head_mix(self, config.hyper_connections.streams, config.hidden_size)
         self.mtp = nn.ModuleList(MTP(config, kind, weight_dtype) for kind in config.mtp_kinds)
         self.expert_pool: ExpertPool | None = None  # of experts that are no parameters, see expert_store
+        prefer_large_pages(self.parameters())
 
     @property
     def experts_move(self) -> bool:

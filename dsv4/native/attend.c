@@ -77,7 +77,7 @@ static const uint8_t *entry_row(const Step *s, long slot, long entry) {
 // Copy a row as the products read it, padding and all; ``wide``: K floats to work with.
 static void copy_row(const Step *s, char *to, const uint8_t *row, float *wide) {
     long end = s->K * (s->is_narrow ? 2 : 4);
-    memset(to + end, 0, s->stride - end);
+    if (end < s->stride) memset(to + end, 0, s->stride - end);
     if (s->is_narrow && s->format == ROW_PACKED) {
         row_read_narrow((uint16_t *)to, row, s->K, s->R);
         return;

@@ -128,20 +128,16 @@ INLINE vec add_head(vec bound, vec A, float factor) {
 }
 
 static void turn_integers(Integers *to, long at, const uint8_t *page, const Keys *keys) {
-    long groups = keys->J / INDEX_GROUP;
-    for (long e = at; e < at + ENTRIES; e += LANES, page += LANES * keys->bytes) {
-        __m512i end = end_of(page, keys);
+    for (long e = 0; e < ENTRIES; e += LANES, at += LANES) {
         vec slack = {0};
-        for (long g = 0; g < groups; g++) {
-            __m512i column[4];
-            columns_of(column, page + g * INDEX_GROUP / 2, keys->bytes);
+        for (long g = 0; g < keys->J / INDEX_GROUP; g++) {
             for (int j = 0; j < 8; j++)
-                _mm512_storeu_si512(to->bytes + (8 * g + j) * WIDE + e, bytes_of(column[j / 2], j % 2));
-            vec scale = half_of(scale_of(end, g, keys));
-            store(to->scales + g * WIDE + e, scale);
+                _mm512_storeu_si512(to->bytes + (8 * g + j) * WIDE + at, bytes_of(units_at(page, e, 4 * g + j / 2), j % 2));
+            vec scale = half_of(scales_at(page, e, g, keys->J));
+            store(to->scales + g * WIDE + at, scale);
             slack += SLACK * scale;
         }
-        store(to->slacks + e, slack);
+        store(to->slacks + at, slack);
     }
 }
 
@@ -174,27 +170,25 @@ INLINE void bound_tile(vec *bound, const Bounds *bounds, long tile, const Intege
 
 // bound[half] of a page for one query alone, straight from the page: tiles of one row. Sums of their own for even and
 // odd channels, and the halves side by side, hide each other's time.
-INLINE void bound_page(vec *bound, const Bounds *bounds, long t, const uint8_t *page, const Keys *keys) {
-    long I = bounds->I, groups = keys->J / INDEX_GROUP;
-    const uint8_t *rows[2] = {page, page + LANES * keys->bytes};
-    __m512i end[2] = {end_of(rows[0], keys), end_of(rows[1], keys)};
+INLINE void bound_page(vec *bound, const Bounds *bounds, long t, const uint8_t *page, long J, long I) {
+    const long groups = J / INDEX_GROUP;
     bound[0] = bound[1] = (vec){0};
     for (long head = t * I; head < t * I + I; head++) {
-        const int32_t *q = bounds->bytes + head * groups * 8;
+        const int32_t *q = bounds->bytes + head * groups * 8, *offsets = bounds->offsets + head * groups;
+        const int32_t slack = (int32_t)(bounds->signs[head] * SLACK); // A + E is sum_g S_g (q' . 2k + 194)
         vec A[2] = {0};
+#pragma GCC unroll 4
         for (long g = 0; g < groups; g++, q += 8) {
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                __m512i column[4];
-                columns_of(column, rows[half] + g * INDEX_GROUP / 2, keys->bytes);
-                ivec even = (ivec){0} + bounds->offsets[head * groups + g], odd = {0};
+                ivec even = (ivec){0} + (offsets[g] + slack), odd = {0};
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
-                    even = add_bytes(even, bytes_of(column[j], 0), q[2 * j]);
-                    odd = add_bytes(odd, bytes_of(column[j], 1), q[2 * j + 1]);
+                    __m512i units = units_at(page, half * LANES, 4 * g + j);
+                    even = add_bytes(even, bytes_of(units, 0), q[2 * j]);
+                    odd = add_bytes(odd, bytes_of(units, 1), q[2 * j + 1]);
                 }
-                vec scale = half_of(scale_of(end[half], g, keys));
-                A[half] = add_group(A[half], even + odd, scale) + bounds->signs[head] * SLACK * scale;
+                A[half] = add_group(A[half], even + odd, half_of(scales_at(page, half * LANES, g, J)));
             }
         }
         for (int half = 0; half < 2; half++) bound[half] = add_head(bound[half], A[half], bounds->factors[head]);

@@ -1,4 +1,4 @@
-// Pages of indexer keys turned into columns: a lane is an entry, so that a product with a query is formed in one lane.
+// Pages of indexer keys turned into columns of values: a lane is an entry, so that a product with a query is formed in one lane.
 //
 // Keys are in units of 4 bytes: a float, or a pair of bfloat16 where the processor multiplies pairs.
 #pragma once
@@ -87,24 +87,16 @@ INLINE void turn(int32_t *to, const uint8_t *from, long stride) {
 #endif
 }
 
-// Whether keys are packed in whole groups, few enough for their scales to be the end of one unit.
-static int is_coded(const Keys *keys) {
-    return CODED && keys->is_bfloat16 && keys->format == ROW_PACKED && keys->J % INDEX_GROUP == 0 &&
-           keys->J <= 4 * INDEX_GROUP;
-}
+static int is_coded(const Keys *keys) { return CODED && keys->is_bfloat16 && is_in_columns(keys->format, keys->J); }
 
 #if CODED
-// The scale of group g of LANES packed keys.
-INLINE __m512i scale_of(__m512i end, long g, const Keys *keys) {
-    __m512i shift = _mm512_set1_epi32(32 - 8 * (keys->J / INDEX_GROUP - g));
-    return _mm512_and_si512(_mm512_srlv_epi32(end, shift), _mm512_set1_epi32(0xff));
+// Unit u of LANES packed keys, and their scales of group g.
+INLINE __m512i units_at(const uint8_t *page, long entry, long u) {
+    return _mm512_loadu_si512(page + unit_place(ENTRIES, entry, u));
 }
 
-// The unit that ends LANES packed keys.
-INLINE __m512i end_of(const uint8_t *rows, const Keys *keys) {
-    __m512i column[4];
-    columns_of(column, rows + keys->bytes - 16, keys->bytes);
-    return column[3];
+INLINE __m512i scales_at(const uint8_t *page, long entry, long g, long J) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(page + scale_place(ENTRIES, entry, g, J))));
 }
 
 // Channels 2 j and 2 j + 1 of 8: E2M1 as bfloat16 times 2^64, from which ``shift`` takes exponents; what is 0 stays so.
@@ -120,35 +112,34 @@ INLINE __m512i unit_of(__m512i codes, __m512i shift, int j) {
 static int turn_codes(int32_t *units, const uint8_t *page, const Keys *keys) {
     const __m512i one = _mm512_set1_epi32(127 + 64);
     __m512i most = _mm512_setzero_si512(); // shift, unsigned: a scale above ``one`` wraps to the top
-    for (long e = 0; e < ENTRIES; e += LANES, page += LANES * keys->bytes) {
-        __m512i end = end_of(page, keys);
-        for (long g = 0; g < keys->J / INDEX_GROUP; g++) {
-            __m512i column[4], shift = _mm512_slli_epi32(_mm512_sub_epi32(one, scale_of(end, g, keys)), 7);
+    for (long g = 0; g < keys->J / INDEX_GROUP; g++)
+        for (long e = 0; e < ENTRIES; e += LANES) {
+            __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(one, scales_at(page, e, g, keys->J)), 7);
             most = _mm512_max_epu32(most, shift);
             shift = _mm512_or_si512(shift, _mm512_slli_epi32(shift, 16));
-            columns_of(column, page + g * INDEX_GROUP / 2, keys->bytes);
             int32_t *to = units + g * INDEX_GROUP / 2 * WIDE + e;
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) _mm512_storeu_si512(to + j * WIDE, unit_of(column[j / 4], shift, j % 4));
+            for (int j = 0; j < LANES; j++)
+                _mm512_storeu_si512(to + j * WIDE, unit_of(units_at(page, e, 4 * g + j / 4), shift, j % 4));
         }
-    }
     return !_mm512_cmpgt_epu32_mask(most, _mm512_set1_epi32((127 + 64 - 2) << 7));
 }
 #endif
 
-// A key in the dtype of the queries.
-static void read_key(int32_t *to, const uint8_t *row, float *values, const Keys *keys) {
+// Key e of a page in the dtype of the queries.
+static void read_key(int32_t *to, const uint8_t *page, long e, float *values, const Keys *keys) {
     long J = keys->J;
-    if (!PAIRED || !keys->is_bfloat16) {
-        float *key = (float *)to;
-        index_row_read(key, row, keys->format, J);
-        for (long j = 0; j < J && keys->is_bfloat16; j++) key[j] = rounded(key[j], 1);
-    } else if (keys->format == ROW_BFLOAT16) {
+    const uint8_t *row = page + e * keys->bytes;
+    int is_paired = PAIRED && keys->is_bfloat16;
+    float *key = is_paired ? values : (float *)to;
+    if (is_paired && keys->format == ROW_BFLOAT16) {
         memcpy(to, row, 2 * J);
-    } else {
-        index_row_read(values, row, keys->format, J);
-        write_row(to, 0, values, J, 1);
+        return;
     }
+    if (is_in_columns(keys->format, J)) index_entry_read(key, page, e, ENTRIES, J);
+    else index_row_read(key, row, keys->format, J);
+    if (is_paired) write_row(to, 0, key, J, 1);
+    for (long j = 0; j < J && keys->is_bfloat16 && !is_paired; j++) key[j] = rounded(key[j], 1);
 }
 
 // A page to columns, straight from where it lies if its keys are stored as they are multiplied.
@@ -160,7 +151,7 @@ static void turn_page(Columns *columns, long at, const uint8_t *page, const Keys
     int is_direct = PAIRED && keys->is_bfloat16 && keys->format == ROW_BFLOAT16 && keys->bytes == 4 * keys->width;
     const uint8_t *rows = is_direct ? page : (const uint8_t *)columns->rows;
     for (long e = 0; e < ENTRIES && !is_direct; e++)
-        read_key(columns->rows + e * keys->width, page + e * keys->bytes, columns->values, keys);
+        read_key(columns->rows + e * keys->width, page, e, columns->values, keys);
     for (long u = 0; u < keys->width; u += 4)
         for (long e = 0; e < ENTRIES; e += LANES)
             turn(units + u * WIDE + e, rows + 4 * (e * keys->width + u), 4 * keys->width);

@@ -97,9 +97,10 @@ void dsv4_compress_paged(long T, long C, long E, long m, long L, long pairs, lon
             pool(x, parts, has_previous ? 2 * m : m, K, score);
             finish(x, weight, eps, cosine + c * pairs, sine + c * pairs, K, pairs, is_bfloat16);
             long page = table[slot[t] * max_pages + begin / PAGE_TOKENS];
-            uint8_t *row = pages + (page * (PAGE_TOKENS / m) + begin % PAGE_TOKENS / m) * bytes;
-            if (is_index) index_row_write(row, x, format, K);
-            else row_write(row, x, format, K, R);
+            long entry = begin % PAGE_TOKENS / m, entries = PAGE_TOKENS / m;
+            uint8_t *own = pages + page * entries * bytes;
+            if (is_index) index_entry_write(own, entry, entries, x, format, K);
+            else row_write(own + entry * bytes, x, format, K, R);
         }
         // The barrier between the loops: tails are read before any is written.
 #pragma omp for schedule(static)

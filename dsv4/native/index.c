@@ -127,19 +127,19 @@ static const uint8_t *page_of(const Room *room, long i) {
 }
 
 // Pages lie anywhere: the processor cannot see the next ones coming.
-static void fetch(const Room *room, long i, long end) {
-    for (long at = 0; i < end && at < ENTRIES * room->job->keys.bytes; at += 64)
-        __builtin_prefetch(page_of(room, i) + at, 0, 0);
+INLINE void fetch(const uint8_t *page, long bytes) {
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(page + at, 0, 0);
 }
 
 // Score n entries, at most WIDE, for query t, as integers that compare as scores do.
 static void score_entries(Room *room, long t, const int32_t *entry, long n, int32_t *to) {
     const Job *job = room->job;
-    long bytes = job->keys.bytes, queries = room->tile.queries;
+    long J = job->keys.J, bytes = job->keys.bytes, queries = room->tile.queries;
     const int32_t *q = room->q + t / queries * queries * job->I * job->keys.units + t % queries;
     for (long i = 0; i < round_up(n, ENTRIES); i++) { // the last one again to fill a page
         long e = entry[i < n ? i : n - 1];
-        memcpy(room->gathered + i * bytes, page_of(room, e / ENTRIES) + e % ENTRIES * bytes, bytes);
+        uint8_t *to = room->gathered + i / ENTRIES * ENTRIES * bytes;
+        copy_entry(to, i % ENTRIES, page_of(room, e / ENTRIES), e % ENTRIES, ENTRIES, J);
     }
     for (long i = 0; i < n; i += ENTRIES) turn_page(&room->columns, i, room->gathered + i * bytes, &job->keys);
     vec score[WIDE / LANES];
@@ -197,7 +197,7 @@ static void choose_scored(Room *room, long page, long end) {
     for (long next = page; page < end; page = next) {
         next = page + PAGES < end ? page + PAGES : end;
         for (long i = page; i < next; i++) {
-            fetch(room, i + AHEAD, end);
+            if (i + AHEAD < end) fetch(page_of(room, i + AHEAD), ENTRIES * room->job->keys.bytes);
             turn_page(&room->columns, (i - page) * ENTRIES, page_of(room, i), &room->job->keys);
         }
         choose_from(room, page * ENTRIES, next * ENTRIES);
@@ -211,7 +211,7 @@ static void choose_bounded(Room *room, long page, long end) {
     for (long next = page; page < end; page = next) {
         next = page + PAGES < end ? page + PAGES : end;
         for (long i = page; i < next; i++) {
-            fetch(room, i + AHEAD, end);
+            if (i + AHEAD < end) fetch(page_of(room, i + AHEAD), ENTRIES * room->job->keys.bytes);
             turn_integers(&room->integers, (i - page) * ENTRIES, page_of(room, i), keys);
         }
         for (long t = 0; t < room->count; t += BOUND_ROWS) {
@@ -229,17 +229,26 @@ static void choose_bounded(Room *room, long page, long end) {
 #endif
 }
 
-// The same for query t alone.
-static void choose_alone(Room *room, long t, long page, long end) {
+// The same for query t alone. With J and I known to the compiler, a page is one run of instructions.
+INLINE void choose_alone_of(Room *room, long t, long page, long end, long J, long I) {
 #if BOUNDED
     Candidates *best = &room->best[t];
-    for (; page < end && page * ENTRIES < best->seen; page++) {
+    const long bytes = ENTRIES * (J / 2 + J / INDEX_GROUP), last = (best->seen + ENTRIES - 1) / ENTRIES;
+    const uint8_t *pages = room->job->pages;
+    const int32_t *table = room->table;
+    for (end = end < last ? end : last; page < end; page++) {
         vec bound[2];
-        fetch(room, page + AHEAD, end);
-        bound_page(bound, &room->bounds, t, page_of(room, page), &room->job->keys);
+        if (page + AHEAD < end) fetch(pages + table[page + AHEAD] * bytes, bytes);
+        bound_page(bound, &room->bounds, t, pages + table[page] * bytes, J, I);
         if (take(best, bound, page * ENTRIES, best->seen - page * ENTRIES)) settle(room, t);
     }
 #endif
+}
+
+static void choose_alone(Room *room, long t, long page, long end) {
+    long J = room->job->keys.J, I = room->job->I;
+    if (J == 64 && I == 1) choose_alone_of(room, t, page, end, 64, 1);
+    else choose_alone_of(room, t, page, end, J, I);
 }
 
 // Choose among the pages from ``page`` to ``end`` for ``count`` queries from token ``first`` on.

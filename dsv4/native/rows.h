@@ -4,6 +4,9 @@
 // ROW_GROUP plain channels, padded with zeros to 8 bytes. A packed indexer key: J E2M1 codes, the low nibble the even
 // channel, then one E8M0 scale a group of INDEX_GROUP. Scales are powers of two, so packing what is on the grid loses
 // nothing. A NaN stays one; with E2M1, which has none, its whole group becomes NaN.
+//
+// A page of packed indexer keys of whole groups lies in columns, so that a vector holds one unit of many keys: units of
+// 4 bytes of codes, [J / 8, entries], then scales, [groups, entries]. Pages of other rows are rows.
 #pragma once
 #include "codes.h"
 
@@ -68,7 +71,9 @@ static inline void row_read_narrow(uint16_t *restrict to, const uint8_t *restric
 #endif
         for (; i < end; i++) to[i] = bits_of(e4m3_value(row[i]) * factor) >> 16;
     }
-    memcpy(to + plain, row + plain, 2 * R);
+    long r = 0;
+    for (; r + 32 <= R; r += 32) memcpy(to + plain + r, row + plain + 2 * r, 64); // of a known size: no call
+    memcpy(to + plain + r, row + plain + 2 * r, 2 * (R - r));
 }
 
 static inline void row_write(uint8_t *restrict row, const float *restrict from, int format, long K, long R) {
@@ -113,5 +118,41 @@ static inline void index_row_write(uint8_t *restrict row, const float *restrict 
     for (long first = 0; first < J; first += INDEX_GROUP) {
         long end = first + INDEX_GROUP < J ? first + INDEX_GROUP : J;
         scale[first / INDEX_GROUP] = e2m1_write(row + first / 2, from + first, end - first);
+    }
+}
+
+static inline int is_in_columns(int format, long J) { return format == ROW_PACKED && J % INDEX_GROUP == 0; }
+
+// Where in a page of so many entries an entry's unit u lies, and its scale of group g.
+static inline long unit_place(long entries, long entry, long u) { return 4 * (u * entries + entry); }
+static inline long scale_place(long entries, long entry, long g, long J) { return (J / 2 + g) * entries + entry; }
+
+// Copy an entry from one page in columns to another.
+static inline void copy_entry(uint8_t *restrict to, long place, const uint8_t *restrict page, long entry, long entries,
+                              long J) {
+    for (long u = 0; u < J / 8; u++) memcpy(to + unit_place(entries, place, u), page + unit_place(entries, entry, u), 4);
+    for (long g = 0; g < J / INDEX_GROUP; g++)
+        to[scale_place(entries, place, g, J)] = page[scale_place(entries, entry, g, J)];
+}
+
+static inline void index_entry_write(uint8_t *restrict page, long entry, long entries, const float *restrict from,
+                                     int format, long J) {
+    if (!is_in_columns(format, J)) {
+        index_row_write(page + entry * index_row_bytes(format, J), from, format, J);
+        return;
+    }
+    for (long g = 0; g < J / INDEX_GROUP; g++) {
+        uint8_t codes[INDEX_GROUP / 2];
+        page[scale_place(entries, entry, g, J)] = e2m1_write(codes, from + g * INDEX_GROUP, INDEX_GROUP);
+        for (long u = 0; u < 4; u++) memcpy(page + unit_place(entries, entry, 4 * g + u), codes + 4 * u, 4);
+    }
+}
+
+// The values of an entry of a page in columns.
+static inline void index_entry_read(float *restrict to, const uint8_t *restrict page, long entry, long entries, long J) {
+    for (long g = 0; g < J / INDEX_GROUP; g++) {
+        uint8_t codes[INDEX_GROUP / 2];
+        for (long u = 0; u < 4; u++) memcpy(codes + 4 * u, page + unit_place(entries, entry, 4 * g + u), 4);
+        e2m1_read(to + g * INDEX_GROUP, codes, e8m0_value(page[scale_place(entries, entry, g, J)]));
     }
 }

@@ -20,7 +20,7 @@ from dsv4.ops.compress import paged_native, pool
 from dsv4.ops.places import PAGE_TOKENS, Places
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate
-from dsv4.ops.rows import RowFormat, check_format, index_row_bytes, pack, pack_index, row_bytes
+from dsv4.ops.rows import RowFormat, check_format, index_row_bytes, pack, pack_index, row_bytes, write_index_pages_
 from dsv4.ops.shapes import Shapes
 
 
@@ -91,12 +91,13 @@ def _store_entries_(
     pooled = pool(kv, gate, position_bias, overlap=overlap, is_first=is_first, backend=backend)[None, :, -1]
     entries = rmsnorm(pooled.to(dtype), norm_weight, eps, backend=backend)  # [1, C, K]
     entries = rotate(entries, cos[None], sin[None], backend=backend)[0]
+    page = places.table[places.slot[last].long(), begin // PAGE_TOKENS].long()
+    entry = begin % PAGE_TOKENS // m
     if is_index:
         rows = pack_index(entries, row_format=row_format, backend=backend)
+        write_index_pages_(pages, page, entry, rows, row_format=row_format, channels=entries.shape[-1])
     else:
-        rows = pack(entries, row_format=row_format, rotary_dims=2 * cos.shape[-1], backend=backend)
-    page = places.table[places.slot[last].long(), begin // PAGE_TOKENS].long()
-    pages[page, begin % PAGE_TOKENS // m] = rows
+        pages[page, entry] = pack(entries, row_format=row_format, rotary_dims=2 * cos.shape[-1], backend=backend)
 
 
 def _gather(

@@ -17,7 +17,7 @@ import torch
 from dsv4.ops.backend import Backend
 from dsv4.ops.index import paged_native, select
 from dsv4.ops.places import PAGE_TOKENS, Places
-from dsv4.ops.rows import RowFormat, index_row_bytes, unpack_index
+from dsv4.ops.rows import RowFormat, index_row_bytes, read_index_pages, unpack_index
 from dsv4.ops.shapes import Shapes
 
 RATIO = 4  # tokens of an entry: only CSA layers have an indexer
@@ -62,8 +62,8 @@ def _by_sequence(
         end = (places.position[now].long() + 1) // RATIO  # [t]
         num_entries = int(end[-1])
         own = places.table[places.slot[start], : -(-num_entries // PAGE_ENTRIES)].long()
-        rows = pages[own].flatten(0, 1)[:num_entries]  # [C, bytes]
-        k = unpack_index(rows, row_format=row_format, channels=q.shape[-1], dtype=q.dtype, backend=backend)
+        rows = read_index_pages(pages[own], row_format=row_format, channels=q.shape[-1]).flatten(0, 1)[:num_entries]
+        k = unpack_index(rows, row_format=row_format, channels=q.shape[-1], dtype=q.dtype, backend=backend)  # [C, J]
         chosen = select(
             q[None, now], k[None], weights[None, now], torch.zeros_like(end)[None], end[None], num_picks,
             backend=backend,

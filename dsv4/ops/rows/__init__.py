@@ -18,10 +18,21 @@ import torch
 
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.rows import native, portable, reference
-from dsv4.ops.rows.formats import RowFormat, index_row_bytes, row_bytes
+from dsv4.ops.rows.formats import RowFormat, index_places, index_row_bytes, row_bytes
 from dsv4.ops.shapes import check_floating
 
-__all__ = ["RowFormat", "check_format", "index_row_bytes", "pack", "pack_index", "row_bytes", "unpack", "unpack_index"]
+__all__ = [
+    "RowFormat",
+    "check_format",
+    "index_row_bytes",
+    "pack",
+    "pack_index",
+    "read_index_pages",
+    "row_bytes",
+    "unpack",
+    "unpack_index",
+    "write_index_pages_",
+]
 
 
 def pack(x: torch.Tensor, *, row_format: RowFormat, rotary_dims: int, backend: Backend = "portable") -> torch.Tensor:
@@ -89,6 +100,26 @@ def _check_values(x: torch.Tensor, row_format: str) -> None:
         raise ValueError("x has shape []; expected [..., channels]")
     if row_format == "packed" and bool(x.isnan().any()):
         raise ValueError(f"x holds {int(x.isnan().sum())} NaN; expected numbers in a packed row")
+
+
+def read_index_pages(pages: torch.Tensor, *, row_format: RowFormat, channels: int) -> torch.Tensor:
+    """Return the keys of pages as rows: [pages, entries, bytes] uint8, as they lie there, to the same shape."""
+    places = index_places(row_format, channels, pages.shape[1]).to(pages.device)
+    return pages.flatten(1)[:, places.flatten()].view(pages.shape)
+
+
+def write_index_pages_(
+    pages: torch.Tensor,
+    page: torch.Tensor,
+    entry: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    row_format: RowFormat,
+    channels: int,
+) -> None:
+    """Store keys in pages. page, entry: [n] int64; rows: [n, bytes] uint8; pages: [pages, entries, bytes]."""
+    places = index_places(row_format, channels, pages.shape[1]).to(pages.device)
+    pages.flatten(1)[page[:, None], places[entry]] = rows
 
 
 def _check_bytes(rows: torch.Tensor, num_bytes: int, row_format: str, channels: int) -> None:

@@ -11,7 +11,7 @@ from dsv4.ops.compress.paged import compress_paged_
 from dsv4.ops.places import PAGE_TOKENS, Closing, Places
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate
-from dsv4.ops.rows import index_row_bytes, pack, pack_index, row_bytes, unpack, unpack_index
+from dsv4.ops.rows import index_row_bytes, pack, pack_index, read_index_pages, row_bytes, unpack, unpack_index
 
 BACKENDS = ["reference", "portable", *(["native"] if native.available() else [])]
 FORMATS = ["float32", "bfloat16", "packed"]
@@ -74,7 +74,10 @@ class Engine:
 
     def rows(self, slot):
         """The stored entries of a slot, whether written or not, [C, bytes]."""
-        return self.pages[self.table[slot].long()].flatten(0, 1)
+        pages = self.pages[self.table[slot].long()]
+        if self.is_index:
+            pages = read_index_pages(pages, row_format=self.row_format, channels=self.width)
+        return pages.flatten(0, 1)
 
     def values(self, rows):
         if self.is_index:

@@ -9,7 +9,7 @@ from dsv4 import native
 from dsv4.ops.index.paged import select_paged
 from dsv4.ops.index.reference import all_scores
 from dsv4.ops.places import Places
-from dsv4.ops.rows import index_row_bytes, pack_index, unpack_index
+from dsv4.ops.rows import index_row_bytes, pack_index, read_index_pages, unpack_index, write_index_pages_
 
 BACKENDS = ["reference", "portable", *(["native"] if native.available() else [])]
 FORMATS = ["float32", "bfloat16", "packed"]
@@ -39,7 +39,14 @@ class Cache:
         self.pages = torch.full((self.table.numel(), 32, width), 255, dtype=torch.uint8)
         for slot, own in enumerate(keys):
             entry = torch.arange(len(own))
-            self.pages[self.table[slot, entry // 32].long(), entry % 32] = pack_index(own, row_format=row_format)
+            self.write(self.table[slot, entry // 32].long(), entry % 32, pack_index(own, row_format=row_format))
+
+    def write(self, page, entry, rows):
+        channels = self.keys[0].shape[1]
+        write_index_pages_(self.pages, page, entry, rows, row_format=self.row_format, channels=channels)
+
+    def rows(self):
+        return read_index_pages(self.pages, row_format=self.row_format, channels=self.keys[0].shape[1])
 
     def places(self, step):
         """Slot, position and the first of its sequence, of each token of a step."""
@@ -213,11 +220,12 @@ def test_formats_that_hold_a_key_give_the_same_bits(dtype, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_packed_code_and_scale_reads_as_the_format_says(dtype):
     cache = Cache([torch.zeros(1024, 64)], "packed")
-    cache.pages[..., :32] = torch.randint(256, (len(cache.pages), 32, 32))
-    cache.pages[..., 32:] = torch.randint(90, 165, (len(cache.pages), 32, 2))
+    codes, scales = torch.randint(256, (len(cache.pages), 32, 32)), torch.randint(90, 165, (len(cache.pages), 32, 2))
+    for page, rows in enumerate(torch.cat([codes, scales], dim=2).to(torch.uint8)):
+        cache.write(torch.full((32,), page), torch.arange(32), rows)
     wide = Cache([torch.zeros(1024, 64)], "bfloat16")
     wide.table = cache.table
-    values = unpack_index(cache.pages, row_format="packed", channels=64, dtype=torch.float32)
+    values = unpack_index(cache.rows(), row_format="packed", channels=64, dtype=torch.float32)
     wide.pages = pack_index(values, row_format="bfloat16")
     queries = [(torch.randn(4096, 4, 64).to(dtype), torch.randn(4096, 4))]
     step = [(0, 4000, 96)]
@@ -322,8 +330,11 @@ def test_keys_with_a_group_that_is_not_a_number():
     keys = [on_the_packed_grid(2150, 64)]
     packed, wide = Cache(keys, "packed"), Cache(keys, "bfloat16")
     is_spoilt = torch.rand(packed.pages.shape[:2]) < 1 / 3
-    packed.pages[..., 32][is_spoilt] = 255  # the first group's scale
-    values = unpack_index(packed.pages, row_format="packed", channels=64, dtype=torch.bfloat16)
+    rows = packed.rows()
+    rows[..., 32][is_spoilt] = 255  # the first group's scale
+    for page, own in enumerate(rows):
+        packed.write(torch.full((32,), page), torch.arange(32), own)
+    values = unpack_index(rows, row_format="packed", channels=64, dtype=torch.bfloat16)
     wide.table, wide.pages = packed.table, values.view(torch.uint8)
     queries = [(torch.randn(8600, 2, 64).bfloat16(), torch.randn(8600, 2).bfloat16())]
     for step in ([(0, 8599, 1)], [(0, 8581, 19)]):

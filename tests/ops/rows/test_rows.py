@@ -9,7 +9,16 @@ from dsv4 import native
 from dsv4.accounting import cache
 from dsv4.config import presets
 from dsv4.ops import rows
-from dsv4.ops.rows import index_row_bytes, pack, pack_index, row_bytes, unpack, unpack_index
+from dsv4.ops.rows import (
+    index_row_bytes,
+    pack,
+    pack_index,
+    read_index_pages,
+    row_bytes,
+    unpack,
+    unpack_index,
+    write_index_pages_,
+)
 
 FORMATS = ["float32", "bfloat16", "packed"]
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -328,3 +337,27 @@ def test_behind_the_door_a_nan_stays_one(backend):
 def test_what_does_not_fit_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def place_in_page(entry, byte, channels):
+    """Packed keys of whole groups: units of 4 bytes of codes side by side for all 20 entries, then their scales."""
+    if byte < channels // 2:
+        return byte // 4 * 80 + entry * 4 + byte % 4
+    return byte * 20 + entry
+
+
+@pytest.mark.parametrize(
+    ("row_format", "channels", "in_columns"),
+    [("packed", 64, True), ("packed", 96, True), ("packed", 48, False), ("bfloat16", 64, False)],
+)
+def test_pages_of_indexer_keys(row_format, channels, in_columns):
+    pages = torch.zeros(3, 20, index_row_bytes(row_format, channels), dtype=torch.uint8)
+    rows, page, entry = torch.randint(256, (5, pages.shape[2])).byte(), [0, 2, 2, 1, 0], [19, 0, 7, 11, 4]
+    wanted = pages.clone()
+    for own, p, e in zip(rows, page, entry, strict=True):
+        for byte, value in enumerate(own):
+            wanted[p].flatten()[place_in_page(e, byte, channels) if in_columns else e * len(own) + byte] = value
+    page, entry = torch.tensor(page), torch.tensor(entry)
+    write_index_pages_(pages, page, entry, rows, row_format=row_format, channels=channels)
+    assert torch.equal(pages, wanted)
+    assert torch.equal(read_index_pages(pages, row_format=row_format, channels=channels)[page, entry], rows)
