@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 NAMES = {"lengths": "compressed", "dense": "dense twin"}
 WARM_UP_TOKENS = 130  # of output: every shape of a step is recorded in them, one ends an entry of an HCA layer
+ROUNDS = 5  # of decoding at all lengths in turn
 REFERENCE = 16384  # tokens of context that the last length is compared with, if it is measured
 
 
@@ -113,7 +115,7 @@ def _measure(
     transformer: Transformer, lengths: tuple[int, ...], name: str, results: dict[str, Any], options: Options
 ) -> None:
     """Measure in an engine of its own, and add to the results of that name what each length gives, as it comes."""
-    from dsv4.engine.measure import Meter, run_lengths
+    from dsv4.engine.measure import Meter, decode_again, run_lengths
 
     token_ids = random_prompts(transformer.config, 1, lengths[-1], options.seed)[0]
     warm = random_prompts(transformer.config, 1, min(lengths[0] - 2, options.step_tokens), options.seed + 1)
@@ -122,19 +124,24 @@ def _measure(
         TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed:,} tokens"),
         TimeElapsedColumn(), console=notes(), transient=True, redirect_stdout=False,
     )  # fmt: skip
-    with _engine(transformer, lengths[-1], results["numerics"], options) as engine, progress:
+    with _engine(transformer, lengths, results["numerics"], options) as engine, progress:
         engine.generate(warm, Sampling(max_tokens=warm_tokens, temperature=0.0, ignore_eos=True, seed=0))
         task = progress.add_task(NAMES[name], total=lengths[-1])
+        meter = Meter(engine, time.perf_counter)
         for at in run_lengths(
-            Meter(engine, time.perf_counter), token_ids, lengths, decode_tokens=results["decode_tokens"],
+            meter, token_ids, lengths, decode_tokens=results["decode_tokens"],
             resident=resident_bytes, tell=lambda position: progress.update(task, completed=position),
         ):  # fmt: skip
             results[name].append(asdict(at))
             save(options.json, results)
             progress.console.print(f"{NAMES[name]} {_line(at)}")
+        again = decode_again(meter, token_ids, lengths, decode_tokens=results["decode_tokens"], rounds=ROUNDS)
+    for at, rates in zip(results[name], again, strict=True):
+        at["decode_tokens_per_s"], at["decode_rounds"] = statistics.median(rates), rates
+    save(options.json, results)
 
 
-def _engine(transformer: Transformer, longest: int, numerics: Numerics, options: Options) -> Engine:
+def _engine(transformer: Transformer, lengths: tuple[int, ...], numerics: Numerics, options: Options) -> Engine:
     """Return an engine for one sequence, that keeps its pages and the states at the ends of prompts."""
     from dsv4.accounting.cache import page_bytes, state_bytes
     from dsv4.engine.build import cache_format
@@ -142,12 +149,12 @@ def _engine(transformer: Transformer, longest: int, numerics: Numerics, options:
     from dsv4.engine.pages import pages_of
 
     limits = Limits(
-        max_requests=1, step_tokens=options.step_tokens, max_context=longest, cache_format=options.cache_format,
+        max_requests=1, step_tokens=options.step_tokens, max_context=lengths[-1], cache_format=options.cache_format,
         numerics=numerics,
     )  # fmt: skip
     config, row_format = transformer.config, cache_format(transformer, limits)
-    num_bytes = max(1, pages_of(longest) * page_bytes(config, row_format))
-    states = max(PrefixLimits.state_bytes, 4 * state_bytes(config, row_format))
+    num_bytes = max(1, pages_of(lengths[-1]) * page_bytes(config, row_format))
+    states = max(PrefixLimits.state_bytes, (len(lengths) + 2) * state_bytes(config, row_format))
     return Engine(transformer, replace(limits, cache_bytes=num_bytes, prefix=PrefixLimits(state_bytes=states)))
 
 
@@ -167,11 +174,11 @@ def _print(results: dict[str, Any]) -> None:
             console.print(_table(title, results[name]))
     last, first = results["lengths"][-1], _reference(results["lengths"])
     if last is not first:
-        names = ("prompt_tokens_per_s", "prefill_tokens_per_s", "decode_tokens_per_s")
-        prompt, end, decode = (last[name] / first[name] for name in names)
+        prompt, end = (last[name] / first[name] for name in ("prompt_tokens_per_s", "prefill_tokens_per_s"))
+        decode = statistics.median(a / b for a, b in zip(last["decode_rounds"], first["decode_rounds"], strict=True))
         console.print(
             f"at {tokens(last['length'])}, of the rates at {tokens(first['length'])}: the whole prompt {prompt:.2f}, "
-            f"its end {end:.2f}, decode {decode:.2f}"
+            f"its end {end:.2f}, decode {decode:.2f} (median of {ROUNDS} rounds over all lengths)"
         )
 
 

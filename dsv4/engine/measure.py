@@ -311,7 +311,7 @@ def run_lengths(
     Each length has a request of its own, whose prompt is so much of ``token_ids`` that the one token that the prompt
     gives and ``decode_tokens`` after it end at the length. It finds the pages and the state of the one before, so only
     what is new is run, and decoding is a fork: the next prompt goes on from the prompt. For an engine of one slot that
-    keeps prefixes in memory. tell: called after each step with the tokens run.
+    keeps prefixes in memory, a state for each length. tell: called after each step with the tokens run.
     """
     sampling = Sampling(max_tokens=1 + decode_tokens, temperature=0.0, ignore_eos=True, seed=0)
     before: list[Step] = []  # of the prompt, for the lengths that were
@@ -325,7 +325,7 @@ def run_lengths(
             step, _ = meter.step()
             (prefill if step.prompt_tokens else decode).append(step)
             for request in meter.engine.scheduler.running:
-                if len(request.output_ids) == decode_tokens:  # once: it reads the whole cache, which slows what follows
+                if len(request.output_ids) == decode_tokens:
                     use, held = cache_use(meter.engine), resident()
                 tell(request.num_computed)
         meter.engine.take(id)
@@ -344,6 +344,28 @@ def run_lengths(
             cache_predicted_bytes=use.predicted_bytes,
             resident_bytes=held,
         )
+
+
+def decode_again(
+    meter: Meter, token_ids: Sequence[int], lengths: Sequence[int], *, decode_tokens: int, rounds: int
+) -> list[list[float]]:
+    """Decode at all lengths in turn, ``rounds`` times, after ``run_lengths`` of the same engine.
+
+    Returns tokens per second, [lengths][rounds]: what the machine does meanwhile is shared by all lengths of a round.
+    """
+    sampling = Sampling(max_tokens=1 + decode_tokens, temperature=0.0, ignore_eos=True, seed=0)
+    rates: list[list[float]] = [[] for _ in lengths]
+    for _ in range(rounds):
+        for found, length in zip(rates, lengths, strict=True):
+            id = meter.engine.add(token_ids[: length - sampling.max_tokens], sampling)
+            steps: list[Step] = []
+            while not meter.engine.is_idle:
+                steps.append(meter.step()[0])
+            meter.engine.take(id)
+            rate = _rate([step for step in steps if not step.prompt_tokens])
+            assert rate is not None, "no step decoded; expected decode_tokens of at least 1"
+            found.append(rate)
+    return rates
 
 
 def _last(steps: list[Step], num_tokens: int) -> list[Step]:

@@ -14,6 +14,7 @@ import torch
 
 from dsv4.accounting import cache as sizes
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
+from dsv4.model.call import frequencies
 from dsv4.native.large_pages import prefer_large_pages
 from dsv4.ops.places import PAGE_TOKENS, Arrangement, Places, arrange, places_of
 from dsv4.ops.rows import RowFormat
@@ -70,6 +71,8 @@ class Cache:
         self.table = torch.zeros(num_slots, max_pages, dtype=torch.int32, device=device)
         self._ratios = sorted({RATIO[kind] for kind in config.layer_kinds} - {0})
         self.layers = [self._layer(kind, device) for kind in (*config.layer_kinds, *config.mtp_kinds)]
+        plain, compressed = frequencies(config)
+        self.frequencies = plain.to(self.table.device), compressed.to(self.table.device)  # formed once for all steps
         prefer_large_pages(c.pages for layer in self.layers for c in layer.compressors())
 
     def _layer(self, kind: LayerKind, device: torch.device | None) -> LayerCache:

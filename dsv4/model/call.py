@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -39,7 +38,7 @@ def make_call(
     config: ModelConfig, token_ids: torch.Tensor, rows: Rows, *, backend: Backend = "portable", dense: bool = False
 ) -> Call:
     """Form the rotations of a call: one table for window layers, one for CSA and HCA (report 2.3.3)."""
-    plain, compressed = (f.to(token_ids.device) for f in _frequencies(config))
+    plain, compressed = (f.to(token_ids.device) for f in frequencies(config))
     of_window = rope.angles(rows.positions, plain)
     of_compressed = rope.angles(rows.positions, compressed)
     entry_rotation: dict[LayerKind, Rotation] = {
@@ -58,10 +57,18 @@ def make_call(
 
 
 def make_cached_call(
-    config: ModelConfig, token_ids: torch.Tensor, places: Places, row_format: RowFormat, *, backend: Backend
+    token_ids: torch.Tensor,
+    places: Places,
+    row_format: RowFormat,
+    plain: torch.Tensor,
+    compressed: torch.Tensor,
+    *,
+    backend: Backend,
 ) -> Call:
-    """Form the rotations of a step over an engine's cache; token_ids: [1, T] int64."""
-    plain, compressed = (f.to(token_ids.device) for f in _kept_frequencies(config))
+    """Form the rotations of a step over an engine's cache.
+
+    token_ids: [1, T] int64; plain, compressed: of ``frequencies``, where the tokens are.
+    """
     positions = places.position[None]
     of_compressed = rope.angles(positions, compressed, backend=backend)
     entry_rotation: dict[LayerKind, Rotation] = {}
@@ -83,7 +90,7 @@ def make_cached_call(
     )  # fmt: skip
 
 
-def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles per position of window layers, and of CSA and HCA."""
     r, dims = config.rope, config.attention.rotary_dims
     plain = rope.frequencies(dims, r.theta)
@@ -96,9 +103,3 @@ def _frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
         beta_slow=r.beta_slow,
     )
     return plain, compressed
-
-
-@cache
-def _kept_frequencies(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same, formed once for all steps of an engine."""
-    return _frequencies(config)

@@ -176,9 +176,8 @@ class Transformer(nn.Module):
 
         token_ids: [T] integers, the tokens that ``places`` places. Nothing is checked here: the engine has.
         """
-        call = make_cached_call(
-            self.config, token_ids[None], places, cache.row_format, backend=resolve(self.backend, token_ids.device)
-        )
+        backend = resolve(self.backend, token_ids.device)
+        call = make_cached_call(token_ids[None], places, cache.row_format, *cache.frequencies, backend=backend)
         copies = self.config.hyper_connections.streams
         streams = lookup(self.embed.weight, call.token_ids, copies, backend=call.backend)  # [1, T, N, D]
         streams = streams.to(self.activation_dtype)
@@ -197,7 +196,7 @@ class Transformer(nn.Module):
         block = self.mtp[0]
         assert isinstance(block, MTP)
         backend = resolve(self.backend, next_ids.device)
-        call = make_cached_call(self.config, next_ids[None], places, cache.row_format, backend=backend)
+        call = make_cached_call(next_ids[None], places, cache.row_format, *cache.frequencies, backend=backend)
         joined = block.join(streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
         streams = block(joined, call, cache.layers[len(self.layers)], None)
         return streams, _fold(block, self.config, streams, backend)

@@ -1,8 +1,9 @@
 // Attention of one engine step over rings, its own rows and pages of entries. Contract: dsv4/ops/attend/paged.py.
 //
 // A token's result depends on its own sequence alone. Its rows are listed in order: raw tokens from the oldest, then
-// entries. A score is a sum over whole vectors of channels, then over lanes by one tree; the sum of weights runs over
-// the list in vectors, the mix of rows one row after the other in each segment of the list, then over the segments.
+// entries. A score is a sum over whole vectors of channels, then over lanes by one tree. Each segment of the list has
+// weights of its own, relative to the largest of its scores, whose sum runs in vectors and whose mix of rows one row after
+// the other; segments are then added up in their order.
 // Rows are read in place where the stored bytes are what the products read, else from copies padded with zeros.
 #include "rows.h"
 
@@ -19,7 +20,8 @@
 #define HEADS 8     // heads whose scores are held at once
 #define CHANNELS 64 // copied rows are padded to a multiple: TILE vectors
 #define NEAR 64     // rows that stay in the nearest cache from one tile of heads to the next
-#define SEGMENT 512 // rows whose mix is formed by itself, and that threads share a long list by
+#define AHEAD 16    // rows on their way to the core
+#define SEGMENT 256 // rows whose mix is formed by itself, and that threads share a long list by
 
 typedef struct {
     long T, H, K, R, ring_tokens, window, ratio, num_picks, max_pages;
@@ -38,12 +40,18 @@ typedef struct {
     char *copies; // the step's rows, then the older ones
 } Step;
 
+// What a segment is for a head: its largest score, or the sink's, and the sum of the weights relative to it.
+typedef struct {
+    float peak, sum;
+} Share;
+
 // What one thread works with. held: the slot whose first num_held visible entries lie in ``entries``.
 typedef struct {
     const char **rows;
     char *q, *entries;
     uint8_t *stored;
-    float *wide, *scores, *mixed, *part;
+    float *wide, *scores, *mixed, *factors, *part;
+    Share *shares;
     long held, num_held;
 } Bench;
 
@@ -72,6 +80,11 @@ static const uint8_t *ring_row(const Step *s, long slot, long position) {
 static const uint8_t *entry_row(const Step *s, long slot, long entry) {
     long page = s->table[slot * s->max_pages + (entry >> s->page_shift)];
     return s->pages + ((page << s->page_shift) + (entry & ((1 << s->page_shift) - 1))) * s->row;
+}
+
+// Rows lie anywhere: the processor cannot see the next ones coming.
+INLINE void fetch(const uint8_t *row, long bytes) {
+    for (long at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 0);
 }
 
 // Copy a row as the products read it, padding and all; ``wide``: K floats to work with.
@@ -142,13 +155,16 @@ static const char *read_entry(const Step *s, long slot, long entry, char *copy, 
     return copy;
 }
 
+static long nth_entry(const Step *s, long t, long i) { return s->picked ? s->picked[t * s->num_picks + i] : i; }
+
 // Neighbouring tokens of a sequence see the same entries but the last; copies of them are kept.
 static long list_entries(const Step *s, long t, Bench *b, const char **rows) {
     long slot = s->slot[t], total = num_entries(s, t), count = 0;
     long num_held = !s->picked && b->held == slot ? b->num_held : 0;
     for (long i = 0; i < total; i++) {
-        long entry = s->picked ? s->picked[t * s->num_picks + i] : i;
+        long entry = nth_entry(s, t, i), later = i + AHEAD < total ? nth_entry(s, t, i + AHEAD) : -1;
         if (entry < 0) continue;
+        if (later >= 0 && count + AHEAD >= num_held) fetch(entry_row(s, slot, later), s->row);
         char *copy = b->entries + count * s->stride;
         rows[count] = count < num_held && !s->is_direct ? copy : read_entry(s, slot, entry, copy, b->wide);
         count++;
@@ -248,9 +264,10 @@ static void mix_rows(const Step *s, const Bench *b, float *mixed, long heads, lo
                  : mix_tiles(s, b, mixed, heads, from, end, width, 0);
 }
 
-// Turn a head's scores, whole vectors of them, into weights; returns one over their sum and the sink's weight.
-static float weigh(float *scores, long count, long width, float scale, float sink) {
+// Turn a head's scores of a segment, whole vectors of them, into weights.
+static Share weigh(float *scores, long count, float scale, float sink) {
     float peaks[LANES], peak = sink;
+    long width = whole(count);
     for (int i = 0; i < LANES; i++) peaks[i] = sink;
     for (long j = count; j < width; j++) scores[j] = -INFINITY;
     for (long j = 0; j < width; j += LANES) {
@@ -265,7 +282,18 @@ static float weigh(float *scores, long count, long width, float scale, float sin
         for (int i = 0; i < LANES; i++) scores[j + i] = exponential(scores[j + i] - peak);
         total += load(scores + j);
     }
-    return 1.0f / (exponential(sink - peak) + sum_lanes(total));
+    return (Share){peak, sum_lanes(total)};
+}
+
+// A head's factors for its segments, whose shares lie ``step`` apart; returns one over all weights and the sink's.
+static float weigh_segments(float *factors, const Share *shares, long segments, long step, float sink) {
+    float peak = sink, total = 0;
+    for (long i = 0; i < segments; i++) peak = shares[i * step].peak > peak ? shares[i * step].peak : peak;
+    for (long i = 0; i < segments; i++) {
+        factors[i] = exponential(shares[i * step].peak - peak);
+        total += factors[i] * shares[i * step].sum;
+    }
+    return 1.0f / (exponential(sink - peak) + total);
 }
 
 static void write_head(const Step *s, long t, long head, const float *mixed, float factor, float *wide) {
@@ -289,79 +317,99 @@ static void read_heads(const Step *s, long t, long head, long heads, char *q, fl
     }
 }
 
-static void add_part(float *mixed, const float *part, long n) {
-    for (long i = 0; i < n; i++) mixed[i] += part[i];
+static void add_part(float *mixed, const float *part, float factor, long n) {
+    for (long i = 0; i < n; i++) mixed[i] += factor * part[i];
 }
+
+static long segments_of(long count) { return (count + SEGMENT - 1) / SEGMENT; }
+static long channels_of(const Step *s) { return s->stride / (s->is_narrow ? 2 : 4); }
 
 // Heads [head, end) of token t.
 static void attend_token(const Step *s, Bench *b, long t, long head, long end) {
     long count = list_raw(s, t, b->rows);
     count += list_entries(s, t, b, b->rows + count);
     for (long j = count; j < count + TILE; j++) b->rows[j] = b->rows[count - 1]; // for the last tile
-    long width = whole(count), K = s->stride / (s->is_narrow ? 2 : 4);
+    long width = whole(count), K = channels_of(s), segments = segments_of(count);
     for (; head < end; head += HEADS) {
         long heads = at_most(HEADS, end - head);
         read_heads(s, t, head, heads, b->q, b->wide);
         score_rows(s, b, heads, 0, count, width);
-        float factor[HEADS];
-        for (long h = 0; h < heads; h++)
-            factor[h] = weigh(b->scores + h * width, count, width, s->scale, s->sink[head + h]);
-        mix_rows(s, b, b->mixed, heads, 0, at_most(SEGMENT, count), width);
-        for (long from = SEGMENT; from < count; from += SEGMENT) {
-            mix_rows(s, b, b->part, heads, from, at_most(from + SEGMENT, count), width);
-            add_part(b->mixed, b->part, heads * K);
-        }
-        for (long h = 0; h < heads; h++) write_head(s, t, head + h, b->mixed + h * K, factor[h], b->wide);
-    }
-}
-
-// Token t by all threads together, each with segments of its list: their scores, the weights of a head, the mix of
-// segments. All work in ``b``, whose part has room for all segments; ``wide`` is a thread's own.
-static void attend_together(const Step *s, Bench *b, long t, float *wide, float *factor) {
-    long raw = at_most(s->window, s->position[t] + 1), count = raw + num_entries(s, t), slot = s->slot[t];
-    long width = whole(count), K = s->stride / (s->is_narrow ? 2 : 4), segments = (count + SEGMENT - 1) / SEGMENT;
-#pragma omp single
-    list_raw(s, t, b->rows);
-    for (long head = 0; head < s->H; head += HEADS) {
-        long heads = at_most(HEADS, s->H - head);
-#pragma omp single
-        read_heads(s, t, head, heads, b->q, wide);
-#pragma omp for schedule(static)
-        for (long segment = 0; segment < segments; segment++) {
-            long from = segment * SEGMENT, end = at_most(from + SEGMENT, count);
-            for (long i = at_least(from - raw, 0); head == 0 && i < end - raw; i++)
-                b->rows[raw + i] = read_entry(s, slot, i, b->entries + i * s->stride, wide);
-            for (long j = count; head == 0 && end == count && j < count + TILE; j++) b->rows[j] = b->rows[count - 1];
-            score_rows(s, b, heads, from, end, width);
-        }
-#pragma omp for schedule(static)
-        for (long h = 0; h < heads; h++)
-            factor[h] = weigh(b->scores + h * width, count, width, s->scale, s->sink[head + h]);
-#pragma omp for schedule(static)
-        for (long segment = 0; segment < segments; segment++)
-            mix_rows(s, b, b->part + segment * HEADS * K, heads, segment * SEGMENT,
-                     at_most((segment + 1) * SEGMENT, count), width);
-#pragma omp for schedule(static)
+        float whole_factor[HEADS];
         for (long h = 0; h < heads; h++) {
-            float *mixed = b->part + h * K;
-            for (long segment = 1; segment < segments; segment++) add_part(mixed, mixed + segment * HEADS * K, K);
-            write_head(s, t, head + h, mixed, factor[h], wide);
+            for (long i = 0; i < segments; i++)
+                b->shares[i] = weigh(b->scores + h * width + i * SEGMENT, at_most(SEGMENT, count - i * SEGMENT), s->scale,
+                                     s->sink[head + h]);
+            whole_factor[h] = weigh_segments(b->factors + h * segments, b->shares, segments, 1, s->sink[head + h]);
         }
+        memset(b->mixed, 0, 4 * HEADS * K);
+        for (long i = 0; i < segments; i++) {
+            mix_rows(s, b, b->part, heads, i * SEGMENT, at_most((i + 1) * SEGMENT, count), width);
+            for (long h = 0; h < heads; h++)
+                add_part(b->mixed + h * K, b->part + h * K, b->factors[h * segments + i], K);
+        }
+        for (long h = 0; h < heads; h++) write_head(s, t, head + h, b->mixed + h * K, whole_factor[h], b->wide);
     }
 }
 
-// ``segments``: that ``part`` holds.
-static Bench bench(const Step *s, long segments) {
-    long count = s->most_raw + s->most_entries + TILE, channels = s->stride / (s->is_narrow ? 2 : 4);
+// List the rows of a segment of token t's list; ``raw`` of the list are raw tokens, listed in ``rows``. Returns how many.
+static long list_segment(const Step *s, long t, long segment, long raw, long count, const char *const *rows, Bench *own) {
+    long from = segment * SEGMENT, n = at_most(SEGMENT, count - from);
+    for (long i = 0; i < n; i++) {
+        long entry = from + i - raw, later = entry + AHEAD;
+        if (later >= 0 && later < count - raw) fetch(entry_row(s, s->slot[t], later), s->row);
+        own->rows[i] = entry < 0 ? rows[from + i]
+                                 : read_entry(s, s->slot[t], entry, own->entries + i * s->stride, own->wide);
+    }
+    for (long i = n; i < n + TILE; i++) own->rows[i] = own->rows[n - 1];
+    return n;
+}
+
+// Token t by all threads together, each with segments of its list. They share ``b``: the queries of all heads, raw rows,
+// and what segments give; ``own`` is a thread's.
+static void attend_together(const Step *s, const Bench *b, Bench *own, long t) {
+    long raw = at_most(s->window, s->position[t] + 1), count = raw + num_entries(s, t);
+    long K = channels_of(s), segments = segments_of(count), H = (s->H + HEADS - 1) / HEADS * HEADS;
+#pragma omp single
+    {
+        list_raw(s, t, b->rows);
+        for (long head = 0; head < s->H; head += HEADS)
+            read_heads(s, t, head, at_most(HEADS, s->H - head), b->q + head * s->stride, own->wide);
+    }
+#pragma omp for schedule(static)
+    for (long segment = 0; segment < segments; segment++) {
+        long n = list_segment(s, t, segment, raw, count, b->rows, own);
+        for (long head = 0; head < s->H; head += HEADS) {
+            long heads = at_most(HEADS, s->H - head);
+            own->q = b->q + head * s->stride;
+            score_rows(s, own, heads, 0, n, SEGMENT);
+            for (long h = 0; h < heads; h++)
+                b->shares[segment * H + head + h] = weigh(own->scores + h * SEGMENT, n, s->scale, s->sink[head + h]);
+            mix_rows(s, own, b->part + (segment * H + head) * K, heads, 0, n, SEGMENT);
+        }
+    }
+#pragma omp for schedule(static)
+    for (long head = 0; head < s->H; head++) {
+        float factor = weigh_segments(own->factors, b->shares + head, segments, H, s->sink[head]);
+        memset(own->mixed, 0, 4 * K);
+        for (long i = 0; i < segments; i++) add_part(own->mixed, b->part + (i * H + head) * K, own->factors[i], K);
+        write_head(s, t, head, own->mixed, factor, own->wide);
+    }
+}
+
+// For lists of ``count`` rows and so many heads at once, ``parts`` of them.
+static Bench bench(const Step *s, long count, long heads, long parts) {
+    long channels = channels_of(s), segments = segments_of(s->most_raw + s->most_entries);
     Bench b = {.held = -1};
-    b.rows = room(count * sizeof(char *));
-    b.q = room(HEADS * s->stride);
-    b.entries = room(s->is_direct ? 0 : s->most_entries * s->stride);
+    b.rows = room((count + TILE) * sizeof(char *));
+    b.q = room(heads * s->stride);
+    b.entries = room(s->is_direct ? 0 : count * s->stride);
     b.stored = room(s->row);
     b.wide = room(4 * channels);
-    b.scores = room(4 * HEADS * whole(count));
+    b.scores = room(4 * HEADS * whole(count + TILE));
     b.mixed = room(4 * HEADS * channels);
-    b.part = room(4 * segments * HEADS * channels);
+    b.factors = room(4 * HEADS * segments);
+    b.shares = room(parts * heads * segments * sizeof(Share));
+    b.part = room(4 * parts * heads * channels);
     return b;
 }
 
@@ -373,21 +421,23 @@ static void clear(Bench *b) {
     free(b->wide);
     free(b->scores);
     free(b->mixed);
+    free(b->factors);
+    free(b->shares);
     free(b->part);
 }
 
 // Tokens after one another, where they are few and their lists long.
 static void run_together(const Step *s, int threads) {
-    Bench all = bench(s, (s->most_raw + s->most_entries + SEGMENT - 1) / SEGMENT);
-    float factor[HEADS];
+    long heads = (s->H + HEADS - 1) / HEADS * HEADS;
+    Bench all = bench(s, s->most_raw, heads, segments_of(s->most_raw + s->most_entries));
 #pragma omp parallel num_threads(threads)
     {
-        float *wide = room(s->stride * (s->is_narrow ? 2 : 1));
-        uint8_t *stored = room(s->row);
-        copy_all(s, wide, stored);
-        for (long t = 0; t < s->T; t++) attend_together(s, &all, t, wide, factor);
-        free(wide);
-        free(stored);
+        Bench own = bench(s, SEGMENT, HEADS, 1);
+        char *q = own.q;
+        copy_all(s, own.wide, own.stored);
+        for (long t = 0; t < s->T; t++) attend_together(s, &all, &own, t);
+        own.q = q;
+        clear(&own);
     }
     clear(&all);
 }
@@ -399,7 +449,7 @@ static void run(const Step *s, int threads) {
     long shares = (s->H + share - 1) / share;
 #pragma omp parallel num_threads(threads)
     {
-        Bench b = bench(s, 1);
+        Bench b = bench(s, s->most_raw + s->most_entries, HEADS, 1);
         copy_all(s, b.wide, b.stored);
 #pragma omp for schedule(dynamic) nowait
         for (long item = 0; item < s->T * shares; item++) {
@@ -432,7 +482,7 @@ void dsv4_attend_paged(long T, long H, long K, long R, long ring_tokens, long wi
     if (!T) return;
     s.copies = room(s.is_direct ? 0 : (T + s.num_older) * s.stride);
     find_older(&s);
-    int is_long = !picked && s.most_raw + s.most_entries >= 4 * SEGMENT;
+    int is_long = !picked && s.most_raw + s.most_entries >= 8 * SEGMENT;
     is_long && T < threads ? run_together(&s, threads) : run(&s, threads);
     free(s.copies);
     free(s.older);

@@ -3,8 +3,8 @@
 // A packed key is S (2k), with integers |2k| <= 12 and S half its group's scale; a query is rounded to q' d, with
 // integers |q'| <= 127 and d one for a head. Then q . key differs from d A, A = sum_g S_g (q' . 2k)_g, by at most d E:
 //
-//     E = 194 sum_g S_g:   32 channels of a group are off by d / 2 and up to 12 S each, 192 in all; the sums of
-//                          ``score_tile`` add 2^-18 of |q| |key|, less than 1
+//     E = sum_g S_g (12 r_g + 2):   r_g is the sum of |q / d - q'| over a group's channels; the sums of ``score_tile``
+//                                   add 2^-18 of |q| |key|, less than 1
 //
 // relu(q . key) is then rounded to bfloat16, by less than 2^-7 of it. So w relu(d (A + E)) (1 + 2^-7) bounds what a head
 // with w > 0 adds, w relu(d (A - E)) (1 - 2^-7) otherwise; rounded sums of larger terms are larger. NaN is a bound too,
@@ -20,22 +20,19 @@
 
 #define BOUND_ROWS 4 // queries of a tile
 #define OFFSET 12    // bytes of a key are 2k + 12, not below 0 as the processor wants them: 12 sum(q') is taken off
-#define SLACK 194.0f // E of a group, in S
 
 // What bounds take of queries, in tiles of ``rows`` of them, one head each.
 typedef struct {
     long I, J;
     int32_t *bytes;   // [tiles, I, J / 4, rows], 4 channels each
-    int32_t *offsets; // [tiles, I, groups, rows]: what a sum begins with
+    int32_t *offsets; // [tiles, I, groups, rows]: what a sum begins with: of E, and of bytes that are not below 0
     float *factors;   // [tiles, I, rows]: w d (1 +- 2^-7)
-    float *signs;     // [tiles, I, rows]: of E
 } Bounds;
 
 // What they take of turned keys.
 typedef struct {
     int32_t *bytes; // [J / 4, WIDE]
     float *scales;  // [groups, WIDE]: S
-    float *slacks;  // [WIDE]: E
 } Integers;
 
 static Bounds make_bounds(long queries, long I, long J) {
@@ -45,7 +42,6 @@ static Bounds make_bounds(long queries, long I, long J) {
         .bytes = (int32_t *)scratch(queries * I * groups_of(J, 4)),
         .offsets = (int32_t *)scratch(queries * I * groups_of(J, INDEX_GROUP)),
         .factors = scratch(queries * I),
-        .signs = scratch(queries * I),
     };
 }
 
@@ -53,21 +49,18 @@ static void free_bounds(Bounds *bounds) {
     free(bounds->bytes);
     free(bounds->offsets);
     free(bounds->factors);
-    free(bounds->signs);
 }
 
 static Integers make_integers(long J) {
     return (Integers){
         .bytes = (int32_t *)scratch(WIDE * groups_of(J, 4)),
         .scales = scratch(WIDE * groups_of(J, INDEX_GROUP)),
-        .slacks = scratch(WIDE),
     };
 }
 
 static void free_integers(Integers *integers) {
     free(integers->bytes);
     free(integers->scales);
-    free(integers->slacks);
 }
 
 static int is_common(float x) { return x == 0 || (fabsf(x) > 0x1p-40f && fabsf(x) < 0x1p40f); }
@@ -85,19 +78,22 @@ static void read_bound(Bounds *bounds, long t, long i, const float *q, float wei
     float inverse = is_sound && most > 0 ? 127.0f / most : 0.0f;
     for (long g = 0; g < groups; g++) {
         int sum = 0;
+        float rest = 0;
         for (long column = 8 * g; column < 8 * g + 8; column++) {
             int8_t four[4];
             for (long c = 0; c < 4; c++) {
-                four[c] = (int8_t)rintf(q[column / 2 * 8 + 2 * c + column % 2] * inverse);
+                float exact = is_sound ? q[column / 2 * 8 + 2 * c + column % 2] * inverse : 0.0f;
+                four[c] = (int8_t)rintf(exact);
                 sum += four[c];
+                rest += fabsf(exact - four[c]);
             }
             memcpy(bounds->bytes + (head * groups * 8 + column) * rows + row, four, 4);
         }
-        bounds->offsets[(head * groups + g) * rows + row] = -OFFSET * sum;
+        int slack = (int)ceilf(12 * rest) + 2;
+        bounds->offsets[(head * groups + g) * rows + row] = -OFFSET * sum + (weight > 0 ? slack : -slack);
     }
     float factor = weight * (most / 127.0f) * (weight > 0 ? 1 + 0x1p-7f : 1 - 0x1p-7f);
     bounds->factors[head * rows + row] = is_sound ? factor : NAN;
-    bounds->signs[head * rows + row] = weight > 0 ? 1.0f : -1.0f;
 }
 
 #if BOUNDED
@@ -129,15 +125,11 @@ INLINE vec add_head(vec bound, vec A, float factor) {
 
 static void turn_integers(Integers *to, long at, const uint8_t *page, const Keys *keys) {
     for (long e = 0; e < ENTRIES; e += LANES, at += LANES) {
-        vec slack = {0};
         for (long g = 0; g < keys->J / INDEX_GROUP; g++) {
             for (int j = 0; j < 8; j++)
                 _mm512_storeu_si512(to->bytes + (8 * g + j) * WIDE + at, bytes_of(units_at(page, e, 4 * g + j / 2), j % 2));
-            vec scale = half_of(scales_at(page, e, g, keys->J));
-            store(to->scales + g * WIDE + at, scale);
-            slack += SLACK * scale;
+            store(to->scales + g * WIDE + at, half_of(scales_at(page, e, g, keys->J)));
         }
-        store(to->slacks + at, slack);
     }
 }
 
@@ -148,9 +140,8 @@ INLINE void bound_tile(vec *bound, const Bounds *bounds, long tile, const Intege
     for (long head = tile * I; head < tile * I + I; head++) {
         const int32_t *q = bounds->bytes + head * groups * 8 * BOUND_ROWS;
         const int32_t *offsets = bounds->offsets + head * groups * BOUND_ROWS;
-        const float *factors = bounds->factors + head * BOUND_ROWS, *signs = bounds->signs + head * BOUND_ROWS;
-        vec A[2 * BOUND_ROWS];
-        for (int i = 0; i < 2 * BOUND_ROWS; i++) A[i] = signs[i / 2] * load(keys->slacks + at + i % 2 * LANES);
+        const float *factors = bounds->factors + head * BOUND_ROWS;
+        vec A[2 * BOUND_ROWS] = {0};
         for (long g = 0; g < groups; g++, offsets += BOUND_ROWS) {
             ivec sum[2 * BOUND_ROWS];
             for (int i = 0; i < 2 * BOUND_ROWS; i++) sum[i] = (ivec){0} + offsets[i / 2];
@@ -175,13 +166,12 @@ INLINE void bound_page(vec *bound, const Bounds *bounds, long t, const uint8_t *
     bound[0] = bound[1] = (vec){0};
     for (long head = t * I; head < t * I + I; head++) {
         const int32_t *q = bounds->bytes + head * groups * 8, *offsets = bounds->offsets + head * groups;
-        const int32_t slack = (int32_t)(bounds->signs[head] * SLACK); // A + E is sum_g S_g (q' . 2k + 194)
         vec A[2] = {0};
 #pragma GCC unroll 4
         for (long g = 0; g < groups; g++, q += 8) {
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                ivec even = (ivec){0} + (offsets[g] + slack), odd = {0};
+                ivec even = (ivec){0} + offsets[g], odd = {0};
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
                     __m512i units = units_at(page, half * LANES, 4 * g + j);

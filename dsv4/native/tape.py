@@ -16,7 +16,6 @@ import torch
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dsv4 import native
 
@@ -69,13 +68,13 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        made = _tensors((result,))
         self._kept += made
         if any(tag in func.tags for tag in _TAGS) or not made:
             self.unplayable = self.unplayable or str(func)
         elif func._schema.is_mutable:
             self.add(func, args, []) if not kwargs else self.add(_with(func, kwargs), args, [])
-        elif func.overloadpacket.__name__ not in _MAKES and not _are_views(made, (args, kwargs)):
+        elif func.overloadpacket.__name__ not in _MAKES and not _are_views(made, (*args, *kwargs.values())):
             self.add(_again, (func, args, kwargs, result), [])
         return result
 
@@ -128,7 +127,7 @@ def as_tensor(given: Input) -> torch.Tensor:
 def _again(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
     """Compute once more what torch computed, into the same memory."""
     made = func(*args, **kwargs)
-    for old, new in zip(tree_leaves(result), tree_leaves(made), strict=True):
+    for old, new in zip(_tensors((result,)), _tensors((made,)), strict=True):
         old.copy_(new)
 
 
@@ -136,7 +135,18 @@ def _with(func: Any, kwargs: dict[str, Any]) -> Callable[..., object]:
     return lambda *args: func(*args, **kwargs)
 
 
-def _are_views(made: Sequence[torch.Tensor], given: Any) -> bool:
+def _are_views(made: Sequence[torch.Tensor], given: Sequence[Any]) -> bool:
     """Whether all results share the memory of an argument."""
-    held = {x.untyped_storage().data_ptr() for x in tree_leaves(given) if isinstance(x, torch.Tensor)}
+    held = {x.untyped_storage().data_ptr() for x in _tensors(given)}
     return all(x.untyped_storage().data_ptr() in held for x in made)
+
+
+def _tensors(values: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among values, and in lists of them: a schema nests no deeper."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += (x for x in value if isinstance(x, torch.Tensor))
+    return found

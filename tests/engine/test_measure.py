@@ -18,6 +18,7 @@ from dsv4.engine.measure import (
     Meter,
     Percentiles,
     cache_use,
+    decode_again,
     percentiles,
     predicted_bytes,
     run_lengths,
@@ -206,6 +207,17 @@ def test_lengths_go_on_from_one_another(model, monkeypatch):
         assert at.cache_used_bytes == at.cache_predicted_bytes
         assert at.resident_bytes == 123
     assert last.cache_used_bytes == cache_bytes(smoke(), "float32", 512)
+
+
+def test_decoding_again_at_all_lengths(model):
+    timed = Timed(model, max_requests=1, step_tokens=64)
+    meter = timed.meter()
+    list(run_lengths(meter, prompt(512), (100, 300), decode_tokens=7, resident=lambda: 0))
+    before = timed.num_run
+    rates = decode_again(meter, prompt(512), (100, 300), decode_tokens=7, rounds=3)
+    assert rates == [[1 / (STEP_SECONDS + TOKEN_SECONDS)] * 3] * 2
+    # From the prompts' last whole pages on, of 0 and 256 tokens, and the 7 again.
+    assert timed.num_run - before == 3 * ((100 - 8) + (300 - 8 - 256) + 2 * 7)
 
 
 def test_a_length_decodes_what_it_would_alone(model):
