@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dsv4.engine.engine import Engine
     from dsv4.model.transformer import Transformer
 
-WARM_UP_TOKENS = 6  # of output, before anything is measured
+WARM_UP_TOKENS = 24  # of output of as many requests, before anything is measured: shapes of a step are recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +158,8 @@ def _measure(
     from dsv4.train.machine import peak_memory_bytes
 
     with _make_engine(transformer, case, options) as engine:
-        warm = random_prompts(transformer.config, 1, min(case.prompt_tokens, options.step_tokens), options.seed + 1)
-        few = min(case.output_tokens, WARM_UP_TOKENS)
+        num_tokens, few = min(case.prompt_tokens, options.step_tokens), min(case.output_tokens, WARM_UP_TOKENS)
+        warm = random_prompts(transformer.config, case.concurrency, num_tokens, options.seed + 1)
         engine.generate(warm, Sampling(max_tokens=few, temperature=sampling.temperature, ignore_eos=True, seed=0))
         meter, pool = Meter(engine, time.perf_counter), transformer.expert_pool
         before = None if pool is None else pool.counts

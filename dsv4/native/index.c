@@ -247,7 +247,7 @@ INLINE void choose_alone_of(Room *room, long t, long page, long end, long J, lon
 
 static void choose_alone(Room *room, long t, long page, long end) {
     long J = room->job->keys.J, I = room->job->I;
-    if (J == 64 && I == 1) choose_alone_of(room, t, page, end, 64, 1);
+    if (J == 32 && I == 2) choose_alone_of(room, t, page, end, 32, 2);
     else choose_alone_of(room, t, page, end, J, I);
 }
 

@@ -60,11 +60,14 @@ def test_smoke_is_tiny():
     assert 100_000 < parameters(smoke()).with_mtp.total < 350_000
 
 
-def test_nano_1m_is_nano_but_for_its_context_and_indexer():
+def test_nano_1m_is_nano_but_for_its_context_indexer_and_rotation():
     small, long = nano(), nano_long()
-    assert dataclasses.replace(long, max_context=small.max_context, indexer=small.indexer) == small
-    assert dataclasses.replace(long.indexer, num_heads=small.indexer.num_heads) == small.indexer
-    assert (long.max_context, long.indexer.num_heads) == (2**20, 1)
+    assert dataclasses.replace(long.attention, rotary_dims=small.attention.rotary_dims) == small.attention
+    given = {"max_context": small.max_context, "indexer": small.indexer, "attention": small.attention}
+    assert dataclasses.replace(long, **given) == small
+    assert (long.max_context, long.indexer.num_heads, long.indexer.top_k) == (2**20, 2, small.indexer.top_k)
+    proportions = [config.indexer.head_dim / config.attention.head_dim for config in (long, flash())]
+    assert proportions == [0.25, 0.25]
 
 
 def test_the_indexer_of_nano_1m_has_the_share_of_flash_at_a_million_tokens():
@@ -73,7 +76,7 @@ def test_the_indexer_of_nano_1m_has_the_share_of_flash_at_a_million_tokens():
         return sum(cost.flops for cost in costs if cost.kind == "indexer") / sum(cost.flops for cost in costs)
 
     shares = [share(config) for config in (nano_long(), flash(), nano())]
-    assert [round(100 * x) for x in shares] == [71, 65, 95]
+    assert [round(100 * x) for x in shares] == [72, 65, 95]
 
 
 def test_bench_engine_is_the_shape_of_the_benchmark():
