@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 
-from dsv4.accounting.tensors import TensorSpec, inventory
 from dsv4.checkpoint.leave import leave_in_files
-from dsv4.checkpoint.names import released_tensors
-from dsv4.checkpoint.save import INDEX
-from dsv4.checkpoint.tensor_file import TensorFile
-from dsv4.config.load import load_config
-from dsv4.model.moe import Router
+from dsv4.checkpoint.names import expert_names, released_tensors
+from dsv4.checkpoint.source import Source, open_source
+from dsv4.model.linear import Linear
+from dsv4.model.moe import Experts, Router
+from dsv4.model.precision import replace_maps
 from dsv4.model.transformer import Transformer
-from dsv4.ops.backend import BackendChoice
+from dsv4.native.large_pages import prefer_large_pages
+from dsv4.ops.backend import BackendChoice, resolve
+from dsv4.ops.lowbit import Packed, dequantise
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["released", "float32", "bfloat16"]
 Weights = Literal["memory", "mapped"]
-
-SINGLE = "model.safetensors"  # the one file of a checkpoint without an index
-PROBLEMS_SHOWN = 20
+Tell = Callable[[int, int], None]
+"""Is told how many bytes are read, and how many there will be."""
 
 
 def load_model(
@@ -35,57 +32,134 @@ def load_model(
     weights: Weights = "memory",
     expert_bytes: int | None = None,
     backend: BackendChoice = "auto",
+    tell: Tell = lambda done, total: None,
 ) -> Transformer:
     """Load a checkpoint directory and return the model in eval mode.
 
-    precision: ``float32`` computes in float32 throughout; ``bfloat16`` holds matrices and activations in
-    bfloat16, with the float32 islands of the released code. The directory holds ``config.json`` and
-    safetensors files, with or without an index; a tensor that is missing, unknown, misshapen, of another
-    dtype or truncated is a ``ValueError`` that lists every such tensor.
+    precision: ``released`` keeps FP8 and FP4 weights in their codes, and rounds activations, cache rows and the
+    indexer's queries and keys as the released code does. ``float32`` computes in float32 throughout; ``bfloat16`` holds
+    matrices and activations in bfloat16, with the float32 islands of the released code: both turn codes into numbers
+    and round nothing else. The directory holds ``config.json`` and safetensors files, with or without an index, of any
+    storage; a tensor that is missing, unknown, misshapen, of another dtype or truncated is a ``ValueError`` that lists
+    every such tensor. tell: is called as tensors are read, for a progress bar.
 
     weights: ``mapped`` leaves them in the files, which must stay as they are: a page is read when it is used,
     and given up when memory is short. Only what is stored in another dtype than asked for is copied; routed
     experts are cast where they are used. expert_bytes: routed experts are read into a pool of at most so many
     bytes, from the files or, with ``memory``, from CPU memory into a pool that an accelerator computes from.
-    Either is for inference only.
+    Either is for inference only, and for checkpoints without codes.
     """
     for name, value, known in (("precision", precision, Precision), ("weights", weights, Weights)):
         if value not in get_args(known):
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(get_args(known))}")
     if expert_bytes is not None and expert_bytes < 1:
         raise ValueError(f"expert_bytes is {expert_bytes}; expected at least 1, or None for no pool")
-    root = Path(directory)
-    if not root.is_dir():
-        raise ValueError(f"directory is {root}; expected a directory with config.json and safetensors files")
-    config = load_config(root)
-    files = _files(root)
-    scale = next((name for name in files if name.endswith(".scale")), None)
-    if scale is not None:
+    source = open_source(directory)
+    has_codes = source.config.storage in ("fp4", "fp8")
+    if precision == "released" and not has_codes:
         raise ValueError(
-            f"checkpoint {root} holds {scale}, so its matrices are quantised; expected bfloat16 or float32 ones: "
-            "this version does not read FP8 and FP4"
+            f"precision is 'released' for {source.root}, whose weights are no codes; expected 'bfloat16' or 'float32', "
+            "or a checkpoint in FP8 or FP4 (dsv4 convert --format instruct writes one)"
         )
-    # What the tensors are counts, not what the config says of them: widened copies often keep its quantisation.
-    _check(root, files, inventory(replace(config, storage="float32")))
+    stays = weights == "mapped" or expert_bytes is not None
+    if stays and has_codes:
+        what = "weights is 'mapped'" if weights == "mapped" else f"expert_bytes is {expert_bytes}"
+        raise ValueError(f"{what} for {source.root}, whose weights are in codes; expected them in memory")
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    opened = [TensorFile(root / file) for file in sorted(set(files.values()))]
-    if weights == "mapped" or expert_bytes is not None:
+    if stays:
+        opened = list({id(file): file for file in source.files.values()}.values())
         model = leave_in_files(
-            config, opened, dtype, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
+            source.config, opened, dtype, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
         )
-        _check_tables(root, model)
-        return model
-    model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
-    targets = dict(released_tensors(model))
-    for file in opened:
-        for name in file.tensors:
-            file.load_(name, targets[name])
-        file.close()
-    _check_tables(root, model)
+    elif precision == "released":
+        model = _in_codes(source, backend, _Counted(source, tell))
+    else:
+        model = _in_numbers(source, dtype, backend, _Counted(source, tell))
+    _check_tables(source, model)
     return model.eval()
 
 
-def _check_tables(root: Path, model: Transformer) -> None:
+class _Counted:
+    """Counts the bytes that are read."""
+
+    def __init__(self, source: Source, tell: Tell) -> None:
+        self._tell, self._done = tell, 0
+        self._sizes = {name: file.tensors[name].end - file.tensors[name].begin for name, file in source.files.items()}
+        self._total = sum(self._sizes.values())
+
+    def add(self, *names: str) -> None:
+        self._done += sum(self._sizes.get(name, 0) for name in names)
+        self._tell(self._done, self._total)
+
+
+def _in_numbers(source: Source, dtype: torch.dtype, backend: BackendChoice, read: _Counted) -> Transformer:
+    """A model of numbers; codes are turned into them one matrix at a time."""
+    model = Transformer(source.config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
+    where = resolve("auto", torch.device("cpu"))
+    for name, target in released_tensors(model):
+        scale = f"{name.removesuffix('.weight')}.scale"
+        if name.endswith(".weight") and scale in source.files:
+            packed = source.matrix(name)
+            assert isinstance(packed, Packed), f"{name} has scales and no codes"
+            target.copy_(dequantise(packed, dtype, backend=where))
+            read.add(name, scale)
+        else:
+            source.files[name].load_(name, target)
+            read.add(name)
+    return model
+
+
+def _in_codes(source: Source, backend: BackendChoice, read: _Counted) -> Transformer:
+    """A model of codes, each read to where it stays; what is no code in the dtype that the release stores it in."""
+    with torch.device("meta"):
+        model = Transformer(
+            source.config, weight_dtype=torch.bfloat16, activation_dtype=torch.bfloat16, backend=backend
+        )
+
+    def matrix(name: str, module: Linear) -> Packed:
+        packed = source.matrix(f"{name}.weight")
+        assert isinstance(packed, Packed), f"{name} has no scales"
+        read.add(f"{name}.weight", f"{name}.scale")
+        return packed
+
+    def stack(name: str, module: Experts) -> tuple[Packed, Packed, Packed]:
+        num_experts = len(module.w1)
+        matrices = []
+        for which in range(3):
+            made: Packed | None = None
+            for expert in range(num_experts):
+                weight = expert_names(name, expert)[which]
+                one = source.matrix(weight)
+                assert isinstance(one, Packed), f"{weight} has no scales"
+                if made is None:
+                    made = _empty_stack(num_experts, one)
+                made.codes[expert], made.scales[expert] = one.codes, one.scales
+                read.add(weight, f"{weight.removesuffix('.weight')}.scale")
+            assert made is not None
+            matrices.append(made)
+        w1, w2, w3 = matrices
+        return w1, w2, w3
+
+    replace_maps(model, source.config.storage, matrix, stack)
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors[name] = tensor
+        if tensor.is_meta:
+            tensors[name] = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            prefer_large_pages([tensors[name]])
+            source.files[name].load_(name, tensors[name])
+            read.add(name)
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False)
+
+
+def _empty_stack(count: int, like: Packed) -> Packed:
+    codes, scales = (like_.new_empty(count, *like_.shape) for like_ in (like.codes, like.scales))
+    prefer_large_pages([codes])
+    return Packed(codes, scales, like.kind)
+
+
+def _check_tables(source: Source, model: Transformer) -> None:
     """Refuse a hash layer's table that names an expert which is not there: nothing looks at it again."""
     count = model.config.moe.num_experts
     for name, module in model.named_modules():
@@ -95,63 +169,6 @@ def _check_tables(root: Path, model: Transformer) -> None:
         lowest, highest = int(table.numpy().min()), int(table.numpy().max())  # no tensor is made for it
         if lowest < 0 or highest >= count:
             wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"checkpoint {root}: {name}.tid2eid holds expert {wrong}; expected 0 to {count - 1}")
-
-
-def _files(root: Path) -> dict[str, str]:
-    """Which file holds each tensor, by the index or, without one, by the single file's header."""
-    index = root / INDEX
-    if not index.is_file():
-        if not (root / SINGLE).is_file():
-            raise ValueError(f"checkpoint {root} has neither {INDEX} nor {SINGLE}; expected one of them")
-        return dict.fromkeys(_header(root / SINGLE), SINGLE)
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"index {index} is not readable ({error!r}); expected JSON with a weight_map") from error
-    for file in set(files.values()):
-        if Path(file).name != file or file in ("..", "."):
-            raise ValueError(f"index {index} names the file {file!r}; expected a plain name inside {root}")
-    return files
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each tensor of a file, from its header. The file's length is checked against it."""
-    file = TensorFile(path)
-    file.close()
-    return {name: (stored.shape, stored.dtype) for name, stored in file.tensors.items()}
-
-
-def _check(root: Path, files: dict[str, str], specs: Iterable[TensorSpec]) -> None:
-    """Raise one error that lists every difference between the files and the config's tensors."""
-    expected = {spec.name: spec for spec in specs}
-    problems = []
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in sorted(set(files.values())):
-        try:
-            header = _header(root / file)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        for name, shape_and_dtype in header.items():
-            if files.get(name) != file:
-                problems.append(f"{name}: in {file}; the index puts it in {files.get(name, 'no file')}")
-            found[name] = shape_and_dtype
-    problems += [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: unknown tensor" for name in found if name not in expected]
-    known = found.keys() | expected.keys()
-    problems += [f"{name}: in the index, but in no file" for name in files if name not in known]
-    for name, (shape, dtype) in found.items():
-        spec = expected.get(name)
-        if spec is None:
-            continue
-        if shape != spec.shape:
-            problems.append(f"{name}: has shape {list(shape)}; expected {list(spec.shape)}")
-        allowed = ("I64",) if spec.dtype == "I64" else ("BF16", "F32")
-        if dtype not in allowed:
-            problems.append(f"{name}: has dtype {dtype}; expected {' or '.join(allowed)}")
-    if problems:
-        shown = problems[:PROBLEMS_SHOWN]
-        more = [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        raise ValueError(f"checkpoint {root} does not fit its config.json:\n  " + "\n  ".join(shown + more))
+            raise ValueError(
+                f"checkpoint {source.root}: {name}.tid2eid holds expert {wrong}; expected 0 to {count - 1}"
+            )

@@ -2,6 +2,11 @@
 
     layers.3.ffn.experts.w1 [E, F, D]  <->  layers.3.ffn.experts.0.w1.weight [F, D], ...experts.1..., ...
 
+Codes and scales stand under the names of the weight and of its scale:
+
+    layers.3.attn.wq_a.codes             <->  layers.3.attn.wq_a.weight
+    layers.3.attn.wq_a.scales            <->  layers.3.attn.wq_a.scale
+
 Every other name is the same on both sides.
 """
 
@@ -15,7 +20,8 @@ from torch import nn
 
 from dsv4.model.expert_store import StoredExperts
 
-_STACKED = re.compile(r"(.*\.experts)\.(w[123])$")
+_STACKED = re.compile(r"(.*\.experts)\.(w[123])(?:\.(codes|scales))?$")
+_STORED = {None: "weight", "codes": "weight", "scales": "scale"}
 
 
 def expert_names(experts: str, expert: int) -> tuple[str, str, str]:
@@ -25,18 +31,19 @@ def expert_names(experts: str, expert: int) -> tuple[str, str, str]:
 
 
 def released_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every released name with the part of the model it names, a view that can be read or filled.
+    """Yield every released name with the part of the model it names, a view that can be read or filled; codes as bytes.
 
     Experts that are no parameters come last, as they are stored, and are not to be filled.
     """
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor = tensor.detach()
         stacked = _STACKED.match(name)
-        if stacked is None:
-            yield name, tensor
-        else:
+        if stacked is not None:
             for expert in range(tensor.shape[0]):
-                yield f"{stacked[1]}.{expert}.{stacked[2]}.weight", tensor[expert]
+                yield f"{stacked[1]}.{expert}.{stacked[2]}.{_STORED[stacked[3]]}", tensor[expert]
+            continue
+        of, _, last = name.rpartition(".")
+        yield (f"{of}.{_STORED[last]}" if last in ("codes", "scales") else name), tensor
     for name, module in model.named_modules():
         if isinstance(module, StoredExperts):
             for expert in range(module.sizes[0]):

@@ -25,10 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv4.checkpoint.load import PROBLEMS_SHOWN
 from dsv4.checkpoint.manifest import Manifest, read_manifest, sync, write_manifest, wrong_files, wrong_sizes
 from dsv4.checkpoint.names import released_tensors
 from dsv4.checkpoint.save import save_model
+from dsv4.checkpoint.source import PROBLEMS_SHOWN
 from dsv4.config.load import load_config
 from dsv4.config.model import ModelConfig
 from dsv4.model.transformer import Transformer

@@ -34,9 +34,9 @@ class Options:
     """What every benchmark of the engine takes."""
 
     precision: Precision = "bfloat16"
-    """Of weights and activations."""
+    """Of weights and activations; released: codes of FP8 and FP4, and what the released code rounds."""
     cache_format: EngineCacheFormat = "auto"
-    """How cached rows are stored; auto: in the precision of activations."""
+    """How cached rows are stored; auto: in the precision of activations, released ones packed."""
     step_tokens: int = 2048
     """Tokens of a step at most."""
     threads: int | None = None
@@ -106,12 +106,13 @@ def random_model(config: ModelConfig, options: Options) -> Transformer:
     import torch
 
     from dsv4.model.init import initialize_
+    from dsv4.model.precision import pack
     from dsv4.model.transformer import Transformer
 
-    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
     model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype)
     initialize_(model, options.seed)
-    return on_device(model.eval())
+    return on_device(pack(model) if options.precision == "released" else model.eval())
 
 
 def random_prompts(config: ModelConfig, count: int, num_tokens: int, seed: int) -> list[list[int]]:

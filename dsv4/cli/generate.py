@@ -63,7 +63,7 @@ class Serving:
     """How the engine runs."""
 
     precision: Precision = "float32"
-    """Of weights and activations."""
+    """Of weights and activations; released: codes of FP8 and FP4, and what the released code rounds."""
     numerics: Numerics = "fast"
     """invariant: the same bits, and so the same answer, whatever else is in the batch."""
     draft_tokens: int = 0
@@ -71,7 +71,7 @@ class Serving:
     concurrency: int = 8
     """Prompts that run at once."""
     cache_format: EngineCacheFormat = "auto"
-    """How cached rows are stored; auto: in the precision of activations."""
+    """How cached rows are stored; auto: in the precision of activations, released ones packed."""
     cache_bytes: int = 2**30
     """Memory for compressed entries at most."""
     prefix_folder: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -196,7 +196,9 @@ def _limits(config: ModelConfig, serving: Serving, num_prompts: int) -> Limits:
     from dsv4.engine.pages import pages_of
 
     slots = min(serving.concurrency, num_prompts)
-    row_format = serving.precision if serving.cache_format == "auto" else serving.cache_format
+    row_format = serving.cache_format
+    if row_format == "auto":
+        row_format = "packed" if serving.precision == "released" else serving.precision
     most = slots * pages_of(config.max_context) * page_bytes(config, row_format)
     return Limits(
         max_requests=slots, cache_bytes=min(serving.cache_bytes, max(1, most)), cache_format=serving.cache_format,

@@ -12,10 +12,12 @@ import tyro
 from rich.console import Console
 
 from dsv4.cli.bench import bench
+from dsv4.cli.convert import convert
 from dsv4.cli.efficiency import efficiency
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
 from dsv4.cli.report import report
+from dsv4.cli.synth import synth
 from dsv4.cli.train import train
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -24,7 +26,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "report": report,
     "generate": generate,
+    "synth": synth,
     "bench": bench,
+    "convert": convert,
 }
 
 OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "bench": bench}

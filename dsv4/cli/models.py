@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from dsv4.model.transformer import Transformer
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["released", "float32", "bfloat16"]
 Weights = Literal["memory", "mapped"]
 
 TOKENIZER = "tokenizer.json"
@@ -76,11 +76,25 @@ def check_residence(residence: Residence) -> None:
 
 
 def open_model(directory: Path, precision: Precision, residence: Residence = RESIDENCE) -> Transformer:
-    """Load a model."""
+    """Load a model, with a bar on standard error while it is read."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     from dsv4.checkpoint.load import load_model
 
     check_residence(residence)
-    return on_device(load_model(directory, precision, weights=residence.weights, expert_bytes=residence.expert_bytes))
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("reading"), BarColumn(bar_width=20), DownloadColumn(binary_units=True),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with progress:
+        task = progress.add_task("reading", total=None)
+        model = load_model(
+            directory, precision, weights=residence.weights, expert_bytes=residence.expert_bytes,
+            tell=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    return on_device(model)
 
 
 def on_device(model: Transformer) -> Transformer:

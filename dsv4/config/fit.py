@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsv4.config.model import RATIO, ModelConfig
 from dsv4.config.train import BatchConfig, Phase, TrainConfig
 
@@ -10,7 +12,9 @@ def check_against_model(config: TrainConfig, model: ModelConfig) -> None:
     """Raise one ValueError, a line per problem, unless ``model`` can be trained by ``config``."""
     problems = []
     for phase in config.phases:
-        problems += _sequence_problems(phase, model) + _indexer_problems(phase, model)
+        problems += (
+            _sequence_problems(phase, model) + _indexer_problems(phase, model) + _precision_problems(phase, model)
+        )
     problems += _batch_problems(config.batch, config.phases)
     if not model.mtp_kinds:
         for name in ("mtp_weight", "mtp_weight_decay"):
@@ -42,6 +46,17 @@ def _indexer_problems(phase: Phase, model: ModelConfig) -> list[str]:
         return [
             _sequence(phase, f"{expected}: up to there top_k = {top_k} picks every entry, which is dense attention")
         ]
+    return []
+
+
+def _precision_problems(phase: Phase, model: ModelConfig) -> list[str]:
+    """Codes of FP4 need whole groups."""
+    if phase.precision != "fp4":
+        return []
+    try:
+        replace(model, storage="fp4")
+    except ValueError as error:
+        return [f"phase {phase.name}: precision is 'fp4', and {line}" for line in str(error).splitlines()]
     return []
 
 

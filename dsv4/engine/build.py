@@ -14,6 +14,7 @@ from dsv4.accounting.cache import page_bytes
 from dsv4.checkpoint.names import released_tensors
 from dsv4.config.engine import Limits
 from dsv4.model.cache import Cache
+from dsv4.model.precision import rounds_weights
 from dsv4.model.transformer import Transformer
 from dsv4.ops.backend import resolve
 from dsv4.ops.places import PAGE_TOKENS
@@ -31,6 +32,8 @@ def build_cache(model: Transformer, limits: Limits, max_context: int) -> Cache:
             f"limits.numerics is 'invariant' with the backend {resolve(model.backend, device)!r}; expected 'fast', or "
             "a CPU with a C compiler: results that do not depend on the batch come from its kernels"
         )
+    if rounds_weights(model):
+        raise ValueError("the model rounds its weights as they are used; expected plain ones, or codes: precision.pack")
     if limits.draft_tokens and not len(model.mtp):
         raise ValueError(f"limits.draft_tokens is {limits.draft_tokens}; expected 0: this model has no MTP block")
     row_format = cache_format(model, limits)
@@ -46,9 +49,11 @@ def build_cache(model: Transformer, limits: Limits, max_context: int) -> Cache:
 
 
 def cache_format(model: Transformer, limits: Limits) -> RowFormat:
-    """Return the row format that ``limits.cache_format`` stands for."""
+    """Return the row format that ``limits.cache_format`` stands for: packed where that loses nothing."""
     if limits.cache_format != "auto":
         return limits.cache_format
+    if model.rounds:
+        return "packed"
     return "bfloat16" if model.activation_dtype == torch.bfloat16 else "float32"
 
 

@@ -19,6 +19,7 @@ from dsv4.model.state import CompressorState, LayerState
 from dsv4.model.study import Attended, Projection, study
 from dsv4.ops import compress, index
 from dsv4.ops.attend import Entries, attend
+from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate, rotate_unit
 
@@ -30,9 +31,12 @@ class Compressor(nn.Module):
     position of their block's first token.
     """
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, kind: LayerKind, width: int, dtype: torch.dtype, *, is_index: bool = False
+    ) -> None:
         super().__init__()
         self.kind: LayerKind = kind
+        self.is_index, self.rotary_dims = is_index, config.attention.rotary_dims
         self.overlap = kind == "csa"
         self.eps = config.norm_eps
         projected = 2 * width if self.overlap else width
@@ -62,6 +66,8 @@ class Compressor(nn.Module):
                 state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
         entries = rmsnorm(pooled.to(x.dtype), self.norm.weight, self.eps, backend=call.backend)
         entries = rotate(entries, *call.entry_rotation[self.kind], backend=call.backend)
+        if call.rounds:
+            entries = round_entries(entries, self.rotary_dims, is_index=self.is_index, backend=call.backend)
         return entries if state is None else state.entries.extend(entries)
 
 
@@ -74,7 +80,7 @@ class Indexer(nn.Module):
         self.num_heads, self.head_dim, self.top_k = i.num_heads, i.head_dim, i.top_k
         self.wq_b = Linear(config.attention.q_rank, i.num_heads * i.head_dim, dtype)
         self.weights_proj = Linear(config.hidden_size, i.num_heads, dtype)
-        self.compressor = Compressor(config, "csa", i.head_dim, dtype)
+        self.compressor = Compressor(config, "csa", i.head_dim, dtype, is_index=True)
 
     def forward(
         self, x: torch.Tensor, q_low: torch.Tensor, call: Call, state: CompressorState | None, queries: slice
@@ -83,6 +89,8 @@ class Indexer(nn.Module):
         cos, sin = call.token_rotation["csa"]
         q = self.wq_b(q_low[:, queries]).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
         q = rotate(q, cos[:, queries], sin[:, queries], backend=call.backend)
+        if call.rounds:
+            q = round_entries(q, 0, is_index=True, backend=call.backend)
         keys = self.compressor(x, call, state)
         scale = self.head_dim**-0.5 * self.num_heads**-0.5
         return Projection(q, keys, self.weights_proj(x[:, queries]) * scale)
@@ -128,6 +136,8 @@ class Attention(nn.Module):
         q = rotate_unit(q, *rotation, self.eps, backend=call.backend)
         kv = rmsnorm(self.wkv(x), self.kv_norm.weight, self.eps, backend=call.backend)
         kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
+        if call.rounds:
+            kv = round_entries(kv, 2 * rotation[0].shape[-1], backend=call.backend)
         source = kv if state is None else state.extend_window(kv)
         request = record.indexer if record is not None and self.kind == "csa" else None
         entries, measured = self._entries(x, q_low, call, state, request)
@@ -155,7 +165,7 @@ class Attention(nn.Module):
         """Map each group of heads by its own part of wo_a: [B, T, H, K] -> [B, T, G * O]."""
         B, T = out.shape[:2]
         grouped = out.view(B * T, self.groups, -1).transpose(0, 1)  # [G, B * T, H K / G]
-        wo_a = self.wo_a.weight.to(out.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
+        wo_a = self.wo_a.matrix(out.dtype).to(out.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
         low = torch.bmm(grouped, wo_a.transpose(1, 2))  # [G, B * T, O]
         return low.transpose(0, 1).reshape(B, T, -1)
 

@@ -18,6 +18,7 @@ from dsv4.ops.attend.paged import attend_paged, write_ring_
 from dsv4.ops.compress.paged import compress_paged_
 from dsv4.ops.index.paged import select_paged
 from dsv4.ops.linear import linear, linear_groups, linears
+from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate, rotate_unit
 
@@ -46,12 +47,14 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
     q_low = rmsnorm(low, layer.q_norm.weight, layer.eps, backend=backend)  # [T, Q]
     kv = rmsnorm(raw, layer.kv_norm.weight, layer.eps, backend=backend)
     kv = rotate(kv[None], *rotation, backend=backend)[0]  # [T, K]
+    if call.rounds and row_format != "packed":  # which rounds when it stores, and a step reads what is stored
+        kv = round_entries(kv, rotary_dims, backend=backend)
     for (compressor, part, is_index), tokens, gate in zip(compressors, projected[::2], projected[1::2], strict=False):
         cos, sin = call.entry_rotation[layer.kind]
         compress_paged_(
             tokens, gate, compressor.ape, compressor.norm.weight, cos[0], sin[0], part.kv, part.gate, part.pages,
             places, overlap=compressor.overlap, eps=compressor.eps, row_format=row_format, is_index=is_index,
-            dtype=x.dtype, backend=backend,
+            rounds=call.rounds, dtype=x.dtype, backend=backend,
         )  # fmt: skip
 
     picked = None
@@ -62,6 +65,8 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
         q, index_q = linears(q_low, [layer.wq_b.weight, indexer.wq_b.weight], wide=[False, False], backend=backend)
         index_q = index_q.view(1, -1, indexer.num_heads, indexer.head_dim)
         index_q = rotate(index_q, *rotation, backend=backend)[0]  # [T, I, J]
+        if call.rounds:
+            index_q = round_entries(index_q, 0, is_index=True, backend=backend)
         weights, scale = projected[-1], indexer.head_dim**-0.5 * indexer.num_heads**-0.5
         if math.frexp(scale)[0] != 0.5:  # a power of two rounds nothing, and changes no choice
             weights = weights * scale
@@ -78,5 +83,5 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
     write_ring_(kv, cache.ring, places, row_format=row_format, rotary_dims=rotary_dims, backend=backend)
     out = rotate(out[None], *rotation, inverse=True, backend=backend)[0]  # [T, H, K]
     grouped = out.view(out.shape[0], layer.groups, -1)  # [T, G, H K / G]
-    wo_a = layer.wo_a.weight.unflatten(0, (layer.groups, -1))  # [G, O, H K / G]
+    wo_a = layer.wo_a.matrix(x.dtype).unflatten(0, (layer.groups, -1))  # [G, O, H K / G]
     return linear(linear_groups(grouped, wo_a, backend=backend), layer.wo_b.weight, backend=backend)[None]

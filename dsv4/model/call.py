@@ -21,7 +21,8 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class Call:
     """token_ids: [B, T] int64. dense: CSA attends to every visible entry instead of the indexer's picks.
 
-    places, row_format: of a call over an engine's cache, else None.
+    rounds: cache rows, entries and the indexer's queries and keys are rounded as released. places, row_format: of a
+    call over an engine's cache, else None.
     """
 
     token_ids: torch.Tensor
@@ -30,12 +31,19 @@ class Call:
     entry_rotation: dict[LayerKind, Rotation]
     backend: Backend
     dense: bool
+    rounds: bool
     places: Places | None = None
     row_format: RowFormat | None = None
 
 
 def make_call(
-    config: ModelConfig, token_ids: torch.Tensor, rows: Rows, *, backend: Backend = "portable", dense: bool = False
+    config: ModelConfig,
+    token_ids: torch.Tensor,
+    rows: Rows,
+    *,
+    backend: Backend = "portable",
+    dense: bool = False,
+    rounds: bool = False,
 ) -> Call:
     """Form the rotations of a call: one table for window layers, one for CSA and HCA (report 2.3.3)."""
     plain, compressed = (f.to(token_ids.device) for f in frequencies(config))
@@ -53,6 +61,7 @@ def make_call(
         entry_rotation=entry_rotation,
         backend=backend,
         dense=dense,
+        rounds=rounds,
     )
 
 
@@ -64,6 +73,7 @@ def make_cached_call(
     compressed: torch.Tensor,
     *,
     backend: Backend,
+    rounds: bool,
 ) -> Call:
     """Form the rotations of a step over an engine's cache.
 
@@ -85,6 +95,7 @@ def make_cached_call(
         entry_rotation=entry_rotation,
         backend=backend,
         dense=False,
+        rounds=rounds,
         places=places,
         row_format=row_format,
     )  # fmt: skip

@@ -8,17 +8,20 @@ from torch import nn
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.expert_store import StoredExperts
-from dsv4.model.linear import Linear
+from dsv4.model.linear import Linear, quantised, rounded
 from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
+from dsv4.native import wants_gradient
 from dsv4.ops import route
 from dsv4.ops.backend import Backend
 from dsv4.ops.balance import balance
-from dsv4.ops.experts import experts, experts_with_shared, swiglu
+from dsv4.ops.experts import experts, experts_of_codes, experts_with_shared, rounded_experts, swiglu
+from dsv4.ops.experts.coded import PackedMatrices
 from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear
 from dsv4.ops.lookup import lookup
+from dsv4.ops.lowbit import Kind, Packed
 
 
 class Router(nn.Module):
@@ -33,6 +36,7 @@ class Router(nn.Module):
         moe = config.moe
         self.experts_per_token, self.routed_scale = moe.experts_per_token, moe.routed_scale
         self.weight = nn.Parameter(torch.empty(moe.num_experts, config.hidden_size, dtype=dtype))
+        self.is_narrow = False  # as of a ``Norm``
         self.tid2eid: torch.Tensor | None
         self.bias: nn.Parameter | None = None
         if is_hash:
@@ -50,7 +54,8 @@ class Router(nn.Module):
             return route.route(
                 logits, self.bias, chosen, self.experts_per_token, self.routed_scale, backend=call.backend
             )
-        affinities = route.affinity(linear(x, self.weight, wide=True), backend=call.backend)  # [T, E]
+        weight = self.weight.to(torch.bfloat16) if self.is_narrow else self.weight
+        affinities = route.affinity(linear(x, weight, wide=True), backend=call.backend)  # [T, E]
         chosen = self._choose(affinities, call) if record is None or record.forced is None else record.forced
         if record is not None:
             record.chosen = chosen
@@ -82,12 +87,22 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, F_, D, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(E, D, F_, dtype=dtype))
         self.w3 = nn.Parameter(torch.empty(E, F_, D, dtype=dtype))
+        self.rounds: Kind | None = None  # as of a ``Linear``
 
     def run(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, limit: float, backend: Backend
     ) -> torch.Tensor:
-        """See ``ops.experts.experts``."""
-        return experts(x, chosen, weights, self.w1, self.w2, self.w3, limit, backend=backend)
+        """See ``ops.experts.experts``, or with ``rounds`` ``ops.experts.rounded_experts``."""
+        if self.rounds is None:
+            return experts(x, chosen, weights, self.w1, self.w2, self.w3, limit, backend=backend)
+        w1, w2, w3 = (rounded(w, self.rounds, x.dtype) for w in (self.w1, self.w2, self.w3))
+        return rounded_experts(x, chosen, weights, w1, w2, w3, limit, backend=backend)
+
+    def packed(self) -> PackedMatrices:
+        """The experts in the codes that they round to."""
+        assert self.rounds is not None, "these experts do not round"
+        w1, w2, w3 = (quantised(w, self.rounds) for w in (self.w1, self.w2, self.w3))
+        return w1, w2, w3
 
     def run_with_shared(
         self,
@@ -103,6 +118,36 @@ class Experts(nn.Module):
         return experts_with_shared(x, chosen, weights, routed, shared, limit, backend=backend)
 
 
+class PackedStack(nn.Module):
+    """A stack of matrices in codes and scales."""
+
+    def __init__(self, weight: Packed) -> None:
+        super().__init__()
+        self.kind: Kind = weight.kind
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+
+    @property
+    def weight(self) -> Packed:
+        """All matrices, [E, O, I]."""
+        return Packed(self.get_buffer("codes"), self.get_buffer("scales"), self.kind)
+
+
+class PackedExperts(nn.Module):
+    """All routed experts of a layer in codes."""
+
+    rounds: Kind
+
+    def __init__(self, w1: Packed, w2: Packed, w3: Packed) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = PackedStack(w1), PackedStack(w2), PackedStack(w3)
+        self.rounds = w1.kind
+
+    def packed(self) -> PackedMatrices:
+        """The experts as ``ops.experts.experts_of_codes`` takes them."""
+        return self.w1.weight, self.w2.weight, self.w3.weight
+
+
 class SharedExpert(nn.Module):
     """The expert every token passes, clamped like the routed ones."""
 
@@ -116,8 +161,15 @@ class SharedExpert(nn.Module):
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         gate, up = self.w1(x), self.w3(x)
         activated = swiglu(gate, up, self.limit, backend=call.backend)
+        if self.w2.rounds is not None:  # what is kept for the backward pass is the rounded copy
+            return self.w2(activated, call.backend)
         with recomputed(activated, lambda: swiglu(gate, up, self.limit, backend=call.backend)):
             return self.w2(activated)
+
+    def packed(self) -> PackedMatrices:
+        """The expert in codes."""
+        w1, w2, w3 = (w.packed() for w in (self.w1, self.w2, self.w3))
+        return w1, w2, w3
 
 
 class MoE(nn.Module):
@@ -127,7 +179,7 @@ class MoE(nn.Module):
         super().__init__()
         self.limit = config.moe.swiglu_limit
         self.gate = Router(config, is_hash, dtype)
-        self.experts: Experts | StoredExperts = Experts(config, dtype)
+        self.experts: Experts | PackedExperts | StoredExperts = Experts(config, dtype)
         self.shared_experts = SharedExpert(config, dtype)
 
     def forward(self, x: torch.Tensor, call: Call, record: LayerRecord | None) -> torch.Tensor:
@@ -135,8 +187,24 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # [B * T, D]
         chosen, weights = self.gate(flat, call, record)
         shared = self.shared_experts
+        if self._is_in_codes(flat):
+            assert not isinstance(self.experts, StoredExperts), "stored experts do not round"
+            routed, own = self.experts.packed(), shared.packed()
+            return experts_of_codes(flat, chosen, weights, routed, own, self.limit, backend=call.backend).view(x.shape)
+        assert not isinstance(self.experts, PackedExperts)
         if call.places is not None:
             own = (shared.w1.weight, shared.w2.weight, shared.w3.weight)
             return self.experts.run_with_shared(flat, chosen, weights, own, self.limit, call.backend).view(x.shape)
         routed = self.experts.run(flat, chosen, weights, self.limit, call.backend)
         return (routed + shared(flat, call)).to(x.dtype).view(x.shape)
+
+    def _is_in_codes(self, x: torch.Tensor) -> bool:
+        """Whether the experts are computed from their codes: where they have nothing else, or no gradient is asked for.
+
+        The bits of a product of codes are those of the product of their values.
+        """
+        if isinstance(self.experts, PackedExperts):
+            return True
+        if isinstance(self.experts, StoredExperts) or self.experts.rounds is None:
+            return False
+        return not wants_gradient(x, self.experts.w1)

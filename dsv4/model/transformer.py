@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_dtype = activation_dtype
         self.backend: BackendChoice = backend
+        self.rounds = False  # of cache rows and the indexer, see ``Call``; set with the maps' in ``precision``
         self.embed = Embedding(config, weight_dtype)
         self.layers = nn.ModuleList(
             Block(config, kind, config.is_hash_layer(layer), weight_dtype)
@@ -155,7 +156,8 @@ class Transformer(nn.Module):
             places = rows.packed(segment_ids, ratios)
         else:
             places = rows.continued(B, T, state.length if state else 0, ratios, token_ids.device)
-        call = make_call(self.config, token_ids, places, backend=resolve(self.backend, token_ids.device), dense=dense)
+        backend = resolve(self.backend, token_ids.device)
+        call = make_call(self.config, token_ids, places, backend=backend, dense=dense, rounds=self.rounds)
         embedded = self.embed(token_ids).to(self.activation_dtype)  # [B, T, D]
         streams = embedded.unsqueeze(2).repeat(1, 1, self.config.hyper_connections.streams, 1)  # [B, T, N, D]
         if state is not None:
@@ -177,7 +179,9 @@ class Transformer(nn.Module):
         token_ids: [T] integers, the tokens that ``places`` places. Nothing is checked here: the engine has.
         """
         backend = resolve(self.backend, token_ids.device)
-        call = make_cached_call(token_ids[None], places, cache.row_format, *cache.frequencies, backend=backend)
+        call = make_cached_call(
+            token_ids[None], places, cache.row_format, *cache.frequencies, backend=backend, rounds=self.rounds
+        )
         copies = self.config.hyper_connections.streams
         streams = lookup(self.embed.weight, call.token_ids, copies, backend=call.backend)  # [1, T, N, D]
         streams = streams.to(self.activation_dtype)
@@ -196,7 +200,9 @@ class Transformer(nn.Module):
         block = self.mtp[0]
         assert isinstance(block, MTP)
         backend = resolve(self.backend, next_ids.device)
-        call = make_cached_call(next_ids[None], places, cache.row_format, *cache.frequencies, backend=backend)
+        call = make_cached_call(
+            next_ids[None], places, cache.row_format, *cache.frequencies, backend=backend, rounds=self.rounds
+        )
         joined = block.join(streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
         streams = block(joined, call, cache.layers[len(self.layers)], None)
         return streams, _fold(block, self.config, streams, backend)
@@ -228,7 +234,7 @@ class Transformer(nn.Module):
             if segment_ids is None
             else rows.packed(segment_ids[:, :-1], ())
         )
-        next_call = make_call(self.config, next_ids, places, backend=call.backend)
+        next_call = make_call(self.config, next_ids, places, backend=call.backend, rounds=self.rounds)
         joined = block.join(streams[:, :-1], self.embed(next_ids).to(self.activation_dtype), call.backend)
         return _fold(block, self.config, block(joined, next_call, None, record), call.backend)
 
@@ -300,10 +306,12 @@ def _fold(module: nn.Module, config: ModelConfig, streams: torch.Tensor, backend
     mix = mhc.Mix(
         module.get_parameter("hc_head_fn"), module.get_parameter("hc_head_base"), module.get_parameter("hc_head_scale")
     )
+    norm = module.get_submodule("norm")
+    assert isinstance(norm, Norm)
     return mhc.head(
         streams,
         mix,
-        module.get_parameter("norm.weight"),
+        norm.weight,
         norm_eps=config.norm_eps,
         eps=config.hyper_connections.eps,
         backend=backend,

@@ -1,5 +1,6 @@
 // Compression into pages: the blocks that a step closes, pooled, normalised, rotated and stored, then the tails.
 // Contract: dsv4/ops/compress/paged.py; shapes T C E K m L as there.
+#include "hadamard.h"
 #include "rows.h"
 
 #define PAGE_TOKENS 128
@@ -73,9 +74,11 @@ static void finish(float *x, const float *weight, float eps, const float *cosine
 }
 
 // kv, gate: [T, E]; bias: [m, E]; norm_weight: [K] of either dtype; cosine, sine: [C, pairs];
+// rounds: entries as released, ``transform`` the factor of an index key's.
 // tails: [num_slots, L, E]; pages: [num_pages, PAGE_TOKENS / m, bytes of a row]; closing: [C], blocks' last tokens.
 void dsv4_compress_paged(long T, long C, long E, long m, long L, long pairs, long max_pages, int overlap, int format,
-                         int is_index, int is_bfloat16, int weight_is_bfloat16, int threads, float eps, const float *kv,
+                         int is_index, int rounds, int is_bfloat16, int weight_is_bfloat16, int threads, float eps,
+                         float transform, const float *kv,
                          const float *gate, const float *bias, const void *norm_weight, const float *cosine,
                          const float *sine, float *tail_kv, float *tail_gate, uint8_t *pages, const int32_t *slot,
                          const int32_t *position, const int32_t *first, const int32_t *table, const int32_t *closing) {
@@ -96,6 +99,9 @@ void dsv4_compress_paged(long T, long C, long E, long m, long L, long pairs, lon
             find_block(parts + (has_previous ? m : 0), &job, t, begin, E - K);
             pool(x, parts, has_previous ? 2 * m : m, K, score);
             finish(x, weight, eps, cosine + c * pairs, sine + c * pairs, K, pairs, is_bfloat16);
+            if (rounds && is_index) index_round(x, K, transform, is_bfloat16);
+            for (long d = 0; rounds && !is_index && d < K - R; d += ROW_GROUP)
+                e4m3_round(x + d, K - R - d < ROW_GROUP ? K - R - d : ROW_GROUP);
             long page = table[slot[t] * max_pages + begin / PAGE_TOKENS];
             long entry = begin % PAGE_TOKENS / m, entries = PAGE_TOKENS / m;
             uint8_t *own = pages + page * entries * bytes;

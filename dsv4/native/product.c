@@ -130,8 +130,25 @@ INLINE floats elements_of_w(const char *row, long k, int kind) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define CODED 1
 
+// E2M1 times every scale, as bfloat16: a group then costs one look into a table that is near.
+static uint16_t fp4_tables[256][32] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void make_tables(void) {
+    for (int scale = 0; scale < 256; scale++)
+        for (int code = 0; code < 32; code++) {
+            uint32_t bits = bits_of(e2m1_value(code % 16));
+            if (bits << 1) bits += (uint32_t)(scale - 127) << 23; // of scales that are plain
+            fp4_tables[scale][code] = bits >> 16;
+        }
+}
+
 INLINE floats elements_of_codes(const char *row, const uint8_t *scales, long k, int kind) {
-    if (kind == HALF_FP4) return (floats)fp4_pairs((const uint8_t *)row + k / 2, (int)scales[k / FP4_GROUP] - 127);
+    if (kind == HALF_FP4) {
+        __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(row + k / 2)));
+        x = _mm512_or_si512(x, _mm512_slli_epi32(x, 12)); // the low nibble, and the high one 16 bits on
+        // An index has 5 bits and the table every number twice: what stands above a nibble does not matter but for one.
+        return (floats)_mm512_permutexvar_epi16(x, _mm512_load_si512(fp4_tables[scales[k / FP4_GROUP]]));
+    }
     return (floats)fp8_pairs((const uint8_t *)row + k, (int)scales[k / FP8_BLOCK] - 127);
 }
 #else
@@ -240,47 +257,52 @@ void dsv4_products(float *out, long out_stride, Matrix x, long M, Matrix w, long
 }
 
 #if CODED
-// Products of the M rows a with ``count`` of 8 rows of codes from n0 on, in the order of ``tile``.
+#define CODED_N 4 // rows of codes of a tile: their places and those of their scales fit into registers
+
+// Products of the M rows a with ``count`` of CODED_N rows of codes from n0 on, in the order of ``tile``.
 INLINE void tile_of_codes(float *out, long out_stride, const char **a, const Codes *w, long n0, long count, long K,
                           int M, int kind) {
-    const char *b[MOST_N];
-    const uint8_t *scales[MOST_N];
-    UNROLL for (int n = 0; n < MOST_N; n++) {
+    const char *b[CODED_N];
+    const uint8_t *scales[CODED_N];
+    UNROLL for (int n = 0; n < CODED_N; n++) {
         long row = n0 + (n < count ? n : count - 1);
         b[n] = (const char *)w->codes + row * w->stride;
         long of_scales = kind == HALF_FP4 ? w->first + row : (w->first + row) / FP8_BLOCK;
         scales[n] = (const uint8_t *)w->scales + of_scales * w->scale_stride;
     }
-    const long ahead = (AHEAD + MOST_N * w->stride - 1) / (MOST_N * w->stride) * MOST_N * w->stride;
+    const long ahead = (AHEAD + CODED_N * w->stride - 1) / (CODED_N * w->stride) * CODED_N * w->stride;
     floats total[MOST];
-    UNROLL for (int i = 0; i < M * MOST_N; i++) total[i] = (floats){0};
+    UNROLL for (int i = 0; i < MOST; i++) total[i] = (floats){0};
     for (long k = 0; k < K; k += 32) {
         if (k % (kind == HALF_FP4 ? 128 : 64) == 0)
-            UNROLL for (int n = 0; n < MOST_N; n++)
+            UNROLL for (int n = 0; n < CODED_N; n++)
                 __builtin_prefetch(b[n] + k / (kind == HALF_FP4 ? 2 : 1) + ahead, 0, 2);
-        floats v[MOST_N], u;
-        UNROLL for (int n = 0; n < MOST_N; n++) v[n] = elements_of_codes(b[n], scales[n], k, kind);
+        floats v[CODED_N], u;
+        UNROLL for (int n = 0; n < CODED_N; n++) v[n] = elements_of_codes(b[n], scales[n], k, kind);
         UNROLL for (int m = 0; m < M; m++) {
             u = load_pairs(a[m] + 2 * k);
-            UNROLL for (int n = 0; n < MOST_N; n++) total[m * MOST_N + n] = add_pairs(total[m * MOST_N + n], u, v[n]);
+            UNROLL for (int n = 0; n < CODED_N; n++) total[m * CODED_N + n] = add_pairs(total[m * CODED_N + n], u, v[n]);
         }
     }
     float sums[MOST];
-    sum_trees(sums, total, M * MOST_N);
+    sum_trees(sums, total, M * CODED_N);
     UNROLL for (int m = 0; m < M; m++)
-        for (int n = 0; n < count; n++) out[m * out_stride + n] = sums[m * MOST_N + n];
+        for (int n = 0; n < count; n++) out[m * out_stride + n] = sums[m * CODED_N + n];
 }
 
 // Whether all scales of N rows keep their numbers normal in bfloat16.
 static int are_plain(const Codes *w, long n0, long N, long K) {
     long first = w->first + n0, last = first + N - 1, width = K / FP4_GROUP;
     if (w->kind != CODES_FP4) first /= FP8_BLOCK, last /= FP8_BLOCK, width = K / FP8_BLOCK;
+    long rows = last - first + 1;
+    if (w->scale_stride == width) width *= rows, rows = 1; // one run, which vectors go through
     uint8_t least = 255, most = 0;
-    for (long row = first; row <= last; row++) {
-        const uint8_t *scales = (const uint8_t *)w->scales + row * w->scale_stride;
+    for (long row = 0; row < rows; row++) {
+        const uint8_t *scales = (const uint8_t *)w->scales + (first + row) * w->scale_stride;
         for (long i = 0; i < width; i++) {
-            least = scales[i] < least ? scales[i] : least;
-            most = scales[i] > most ? scales[i] : most;
+            uint8_t scale = scales[i];
+            least = scale < least ? scale : least;
+            most = scale > most ? scale : most;
         }
     }
     return is_plain_scale(least) && is_plain_scale(most);
@@ -290,8 +312,8 @@ int dsv4_few_products_of_codes(float *out, long out_stride, Matrix x, long M, Co
     if (!x.is_bfloat16 || w.kind == CODES_FP8_FLOAT || K % (w.kind == CODES_FP4 ? FP4_GROUP : FP8_BLOCK)) return 0;
     if (!are_plain(&w, 0, N, K)) return 0;
     long tiles = (M + 2) / 3;
-    for (long n = 0; n < N; n += MOST_N) {
-        long count = N - n < MOST_N ? N - n : MOST_N;
+    for (long n = 0; n < N; n += CODED_N) {
+        long count = N - n < CODED_N ? N - n : CODED_N;
         for (long i = 0; i < tiles; i++) {
             long m0 = M * i / tiles, rows = M * (i + 1) / tiles - m0;
             const char *a[3];

@@ -34,7 +34,7 @@ from dsv4.train.metrics import MetricsLog, truncate
 from dsv4.train.nonfinite import NonFiniteError
 from dsv4.train.schedule import Plan, Position, after, plan
 from dsv4.train.spikes import SpikeDetector
-from dsv4.train.step import StepResult, choose_experts, train_step
+from dsv4.train.step import StepResult, choose_experts, set_precision, train_step
 
 Record = dict[str, Any]
 
@@ -143,6 +143,7 @@ class Trainer:
 
     def _end(self) -> None:
         phase, run = self.config.phases[-1], self.config.run
+        set_precision(self.model, phase)
         if run.baseline_order:
             validation = self.parts.validation(phase.sequence)
             bits = ngram_bits(self.parts.store, validation, self.parts.tokenizer, run.baseline_order)

@@ -189,6 +189,10 @@ def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, t
     weights = (targets >= 0).float() / max(1, total)
     backend = resolve(model.backend, hidden.device)
     loss, _ = cross_entropy(
-        hidden.flatten(0, 1), model.head.weight, targets.clamp(min=0).flatten(), weights.flatten(), backend=backend
+        hidden.flatten(0, 1),
+        model.head.matrix(hidden.dtype),
+        targets.clamp(min=0).flatten(),
+        weights.flatten(),
+        backend=backend,
     )
     return loss

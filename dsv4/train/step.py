@@ -8,8 +8,9 @@ from typing import NoReturn
 
 import torch
 
-from dsv4.config.train import TrainConfig
+from dsv4.config.train import Phase, TrainConfig
 from dsv4.model.moe import MoE
+from dsv4.model.precision import set_rounding
 from dsv4.model.transformer import Transformer
 from dsv4.optim.optimizer import Norms, Optimizer
 from dsv4.train.anticipatory import Routing, Work
@@ -62,6 +63,7 @@ def train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig, wo
     """
     only_indexer = work.plan.phase.train == "indexer"
     _freeze(model, only_indexer)
+    set_precision(model, work.plan.phase)
     optimizer.zero_grad()  # those of a step that was not taken
     counts = count(work.batches)
     sums = Sums(model)
@@ -85,7 +87,13 @@ def train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig, wo
 @torch.no_grad()
 def choose_experts(model: Transformer, work: Work) -> list[Routing]:
     """Choose the experts of every layer for each micro-batch, by the parameters as they are."""
+    set_precision(model, work.plan.phase)
     return [choose(model, batch, work.plan) for batch in work.batches]
+
+
+def set_precision(model: Transformer, phase: Phase) -> None:
+    """Let a model round as a phase of the schedule says. It is set for each step: nothing of it is stored."""
+    set_rounding(model, "none" if phase.precision == "plain" else phase.precision)
 
 
 @torch.no_grad()

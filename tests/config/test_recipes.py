@@ -170,7 +170,7 @@ name = "second"
 tokens = 100
 sequence = 512
 attention = "thin"
-precision = "fp8"
+precision = "fp6"
 """)
     with pytest.raises(ValueError, match=r"mine\.toml: recipe has 16 problems:"):
         load_recipe(path)
@@ -190,7 +190,7 @@ precision = "fp8"
         "unknown field phases[0].sequense; did you mean sequence?",
         "missing field phases[0].sequence",
         "phase second: attention is 'thin'; expected one of dense, sparse",
-        "phase second: precision is 'fp8'; expected one of plain, fp4",
+        "phase second: precision is 'fp6'; expected one of plain, fp8, fp4",
     }
 
 

@@ -17,6 +17,7 @@ import torch
 
 from dsv4.ops.backend import Backend
 from dsv4.ops.compress import paged_native, pool
+from dsv4.ops.lowbit import round_entries
 from dsv4.ops.places import PAGE_TOKENS, Places
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate
@@ -40,6 +41,7 @@ def compress_paged_(
     eps: float,
     row_format: RowFormat,
     is_index: bool,
+    rounds: bool = False,
     dtype: torch.dtype,
     backend: Backend = "portable",
 ) -> None:
@@ -48,18 +50,19 @@ def compress_paged_(
     kv, gate: [T, E] float32, E the entry width K, or twice that when overlapped; position_bias: [m, E] float32;
     norm_weight: [K]; cos, sin: [C, R / 2] float32, at the first tokens of the C blocks in ``places.closing[m]``;
     tail_kv, tail_gate: [slots, L, E] float32, the last L tokens of each sequence, L at least m, overlapped 2 m;
-    pages: [pages, 128 / m, bytes] uint8, rows in ``row_format``, or indexer keys. No gradient passes.
+    pages: [pages, 128 / m, bytes] uint8, rows in ``row_format``, or indexer keys. rounds: entries are rounded as
+    released, whatever the format (``lowbit.round_rows`` in groups of 64, ``lowbit.round_index``). No gradient passes.
     """
     _check_projections(kv, gate, position_bias, norm_weight, tail_kv, tail_gate, overlap)
     _check_places(places, len(kv), position_bias.shape[0], len(cos))
     _check_entries(position_bias.shape[0], norm_weight.shape[0], cos, sin, pages, row_format, is_index)
     given = (kv, gate, position_bias, norm_weight, cos, sin, tail_kv, tail_gate, pages, places)
     if backend == "native" and paged_native.serves(kv, norm_weight, dtype):
-        paged_native.compress_paged_(*given, overlap, eps, row_format, is_index, dtype)
+        paged_native.compress_paged_(*given, overlap, eps, row_format, is_index, rounds, dtype)
         return
     with torch.no_grad():
         if len(cos):
-            _store_entries_(*given, overlap, eps, row_format, is_index, dtype, backend)
+            _store_entries_(*given, overlap, eps, row_format, is_index, rounds, dtype, backend)
         _store_tokens_(kv, tail_kv, places)
         _store_tokens_(gate, tail_gate, places)
 
@@ -79,6 +82,7 @@ def _store_entries_(
     eps: float,
     row_format: RowFormat,
     is_index: bool,
+    rounds: bool,
     dtype: torch.dtype,
     backend: Backend,
 ) -> None:
@@ -91,6 +95,8 @@ def _store_entries_(
     pooled = pool(kv, gate, position_bias, overlap=overlap, is_first=is_first, backend=backend)[None, :, -1]
     entries = rmsnorm(pooled.to(dtype), norm_weight, eps, backend=backend)  # [1, C, K]
     entries = rotate(entries, cos[None], sin[None], backend=backend)[0]
+    if rounds:
+        entries = round_entries(entries, 2 * cos.shape[-1], is_index=is_index, backend=backend)
     page = places.table[places.slot[last].long(), begin // PAGE_TOKENS].long()
     entry = begin % PAGE_TOKENS // m
     if is_index:

@@ -30,14 +30,16 @@ def compress_paged_(
     eps: float,
     row_format: RowFormat,
     is_index: bool,
+    rounds: bool,
     dtype: torch.dtype,
 ) -> None:
     """See ``dsv4.ops.compress.paged.compress_paged_``."""
     m = position_bias.shape[0]
     native.call(
         "dsv4_compress_paged", len(kv), len(cos), kv.shape[1], m, tail_kv.shape[1], cos.shape[1],
-        places.table.shape[1], overlap, FORMATS[row_format], is_index, dtype == torch.bfloat16,
-        native.is_bfloat16(norm_weight), torch.get_num_threads(), eps, kv.contiguous(), gate.contiguous(),
-        position_bias.contiguous(), norm_weight.contiguous(), cos.contiguous(), sin.contiguous(), tail_kv, tail_gate,
-        pages, places.slot, places.position, places.first, places.table, places.closing[m].token,
+        places.table.shape[1], overlap, FORMATS[row_format], is_index, rounds, dtype == torch.bfloat16,
+        native.is_bfloat16(norm_weight), torch.get_num_threads(), eps, norm_weight.shape[0] ** -0.5,
+        kv.contiguous(), gate.contiguous(), position_bias.contiguous(), norm_weight.contiguous(),
+        cos.contiguous(), sin.contiguous(), tail_kv, tail_gate, pages,
+        places.slot, places.position, places.first, places.table, places.closing[m].token,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from dsv4.native import wants_gradient
 from dsv4.ops.backend import Backend, pick
-from dsv4.ops.experts import coded, native, portable, reference
+from dsv4.ops.experts import coded, native, portable, reference, rounded
 from dsv4.ops.experts.coded import PackedMatrices
 from dsv4.ops.experts.store import ExpertStore, Matrices
 from dsv4.ops.shapes import Shapes, check_integer
@@ -103,6 +103,25 @@ def experts_of_codes(
         if backend == "native":
             return native.experts_of_codes(x, chosen, weights, routed, shared, limit)
         return coded.experts_with_shared(x, chosen, weights, routed, shared, limit, backend)
+
+
+def rounded_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor,
+    limit: float,
+    *,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Return what ``experts`` does, with the inputs of every map rounded as released, [T, D] float32.
+
+    w1, w2, w3: in the dtype of x, already rounded. Made for training: gradients pass straight through the rounding.
+    """
+    _check(x, chosen, weights, (w1, w2, w3))
+    return rounded.rounded_experts(x, chosen, weights, w1, w2, w3, limit, backend)
 
 
 def stored_experts(

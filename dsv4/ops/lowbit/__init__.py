@@ -25,7 +25,7 @@ from dsv4.ops.backend import Backend, pick
 from dsv4.ops.hadamard import hadamard
 from dsv4.ops.lowbit import native, portable, reference
 from dsv4.ops.lowbit.packed import SCALE_DTYPES, Kind, Packed
-from dsv4.ops.lowbit.tables import ACTIVATION_GROUP, BLOCK, FP4_GROUP
+from dsv4.ops.lowbit.tables import ACTIVATION_GROUP, BLOCK, CACHE_GROUP, FP4_GROUP
 from dsv4.ops.shapes import check_floating
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "quantise_rows",
     "reblock",
     "round_blocks",
+    "round_entries",
     "round_fp4",
     "round_index",
     "round_rows",
@@ -138,6 +139,19 @@ def round_index(x: torch.Tensor, *, backend: Backend = "portable") -> torch.Tens
         raise ValueError(f"x has {width} channels; expected a power of two")
     run = pick(backend, reference=reference.round_index, portable=portable.round_index, native=native.round_index)
     return _through(x, run, partial(hadamard, backend=backend))
+
+
+def round_entries(
+    x: torch.Tensor, rotary_dims: int, *, is_index: bool = False, backend: Backend = "portable"
+) -> torch.Tensor:
+    """Return what a released cache holds of x [..., K]: ``round_rows`` of the channels that do not rotate, by 64.
+
+    is_index: of indexer queries and keys, ``round_index``.
+    """
+    if is_index:
+        return round_index(x, backend=backend)
+    channels = x.shape[-1] - rotary_dims
+    return round_rows(x, CACHE_GROUP, channels, backend=backend) if channels else x
 
 
 def round_fp4(w: torch.Tensor, *, dtype: torch.dtype = torch.float32, backend: Backend = "portable") -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ACTIVATION_GROUP = 128  # channels of an activation that share a scale
+CACHE_GROUP = 64  # channels of a cache row that share one
 FP4_GROUP = 32  # columns of a row that share a scale
 BLOCK = 128  # rows, and columns, of a weight that share a scale in FP8
 NAN_SCALE = 255  # of E8M0; the other codes are 2^(code - 127)
