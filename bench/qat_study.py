@@ -43,7 +43,7 @@ from dsv4.data.batch import Batch
 from dsv4.data.prepare import prepare
 from dsv4.eval.bits import bits_per_byte
 from dsv4.model.attention import Indexer
-from dsv4.model.precision import pack, set_rounding
+from dsv4.model.precision import Rounding, pack, set_rounding
 from dsv4.model.transformer import Transformer
 from dsv4.train.loop import Record, Trainer
 from dsv4.train.metrics import read
@@ -74,7 +74,7 @@ def recipe(seed: int, precision: Precision, scale: float = 1.0) -> TrainConfig:
         batch=BatchConfig(start_tokens=2048, tokens=2048, ramp_tokens=0, micro_tokens=2048),
         stability=replace(demo.stability, anticipatory="off", spike_memory=NEVER),  # the switch may look like a spike
         run=replace(
-            demo.run, checkpoint_steps=NEVER, keep_checkpoints=10, validation_steps=NEVER, validation_tokens=64 * 1024,
+            demo.run, checkpoint_steps=NEVER, keep_checkpoints=10, validation_steps=NEVER, validation_tokens=48 * 1024,
             baseline_order=0, sample_prompt="",
         ),
         phases=(
@@ -82,7 +82,7 @@ def recipe(seed: int, precision: Precision, scale: float = 1.0) -> TrainConfig:
             phase("dense-1k", 40_000, 1024, "dense"),
             phase("indexer-1k", 40_000, 1024, "dense", train="indexer"),
             phase("sparse-2k", 50_000, SEQUENCE, "sparse"),
-            phase(LAST, 60_000, SEQUENCE, "sparse", precision=precision),
+            phase(LAST, 80_000, SEQUENCE, "sparse", precision=precision),
         ),
     )  # fmt: skip
 
@@ -158,9 +158,10 @@ def losses(plain: Transformer, qat: Transformer, validation: Sequence[Batch]) ->
 
     packed = pack(copy.deepcopy(qat))
     result = {}
-    for name, model, rounding in (
+    cases: tuple[tuple[str, Transformer, Rounding], ...] = (
         ("plain", plain, "none"), ("rounded", plain, "fp4"), ("qat_unrounded", qat, "none"), ("qat", qat, "fp4"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for name, model, rounding in cases:
         set_rounding(model, rounding)
         result[name] = loss(model)
     of_codes = loss(packed)
@@ -181,34 +182,31 @@ def recall(model: Transformer, validation: Sequence[Batch]) -> dict[str, Any]:
     """
     set_rounding(model, "none")
     indexers = [(name, module) for name, module in model.named_modules() if isinstance(module, Indexer)]
-    inputs: dict[str, tuple[Any, ...]] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given}))
-        for name, module in indexers
-    ]
-    batches = list(validation)
+    inputs: dict[Indexer, tuple[Any, ...]] = {}
+
+    def keep(module: Any, given: tuple[Any, ...]) -> None:
+        inputs[module] = given
+
+    hooks = [indexer.register_forward_pre_hook(keep) for _, indexer in indexers]
     kept = {name: 0.0 for name, _ in indexers}
     num_queries, visible, chance = 0, 0.0, 0.0
-    collected = []
-    for batch in batches:
+    for batch in validation:
         model.run(batch.token_ids, segment_ids=batch.segment_ids)
-        collected.append(dict(inputs))
-    for hook in hooks:
-        hook.remove()
-    for batch, given in zip(batches, collected, strict=True):
-        for i, (name, indexer) in enumerate(indexers):
-            x, q_low, call = given[name][:3]
+        blocks = inputs[indexers[0][1]][2].rows.blocks[RATIO["csa"]]  # of the call, which all layers share
+        sees = blocks.end - blocks.begin  # [B, T]
+        counts = (sees > model.config.indexer.top_k) & (batch.targets >= 0)
+        shares = model.config.indexer.top_k / sees[counts]  # [n]
+        num_queries += len(shares)
+        visible += float(sees[counts].sum())
+        chance += float(shares.sum())
+        for name, indexer in indexers:
+            x, q_low, call, *_ = inputs[indexer]
             in_bfloat16, in_fp4 = (
                 picked_by(indexer, x, q_low, replace(call, rounds=rounds)) for rounds in (False, True)
-            )  # [B, T, C] bool each
-            blocks = call.rows.blocks[RATIO["csa"]]
-            sees = blocks.end - blocks.begin  # [B, T]
-            counts = (sees > indexer.top_k) & (batch.targets >= 0)
+            )
             kept[name] += float((in_bfloat16 & in_fp4)[counts].sum()) / indexer.top_k
-            if i == 0:
-                num_queries += int(counts.sum())
-                visible += float(sees[counts].sum())
-                chance += float((indexer.top_k / sees[counts]).sum())
+    for hook in hooks:
+        hook.remove()
     if not num_queries:
         raise ValueError("no query sees more entries than are picked; expected longer documents")
     return {
@@ -222,7 +220,7 @@ def recall(model: Transformer, validation: Sequence[Batch]) -> dict[str, Any]:
 
 def picked_by(indexer: Indexer, x: torch.Tensor, q_low: torch.Tensor, call: Any) -> torch.Tensor:
     """Return which entries each query picks, [B, T, C] bool."""
-    projection = indexer(x, q_low, call, None, slice(None))
+    projection = indexer.forward(x, q_low, call, None, slice(None))  # which calls no hook
     picked = indexer.select(projection, call)  # [B, T, P], -1 after the last
     has = torch.zeros(*picked.shape[:2], projection.k.shape[1] + 1, dtype=torch.bool)
     return has.scatter_(2, picked + 1, True)[..., 1:]
@@ -312,7 +310,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for axes, title, unit in (
         (left, "Validation loss", "bits per byte"),
         (middle, "Training loss, FP4 above plain", "nats a token, same batch"),
-        (right, "Picks of FP4 among those of bfloat16", "per cent of 64"),
+        (right, "Recall of the FP4 indexer", "per cent of the picks in bfloat16"),
     ):
         axes.set_title(title, loc="left", color=TEXT, fontsize=12, fontweight="bold", pad=22)
         axes.text(0, 1.03, unit, transform=axes.transAxes, color=TEXT, fontsize=9)

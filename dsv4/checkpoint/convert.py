@@ -23,10 +23,10 @@ from typing import Literal, get_args
 import torch
 
 from dsv4.accounting.tensors import TensorSpec
+from dsv4.checkpoint.generation import GENERATION, generation_config
 from dsv4.checkpoint.source import Source, open_source
 from dsv4.checkpoint.stream import CONFIG, Tell, check_target, write_stream
 from dsv4.checkpoint.training import MODEL
-from dsv4.config.load import to_released
 from dsv4.config.model import ModelConfig, Storage
 from dsv4.ops.backend import Backend, resolve
 from dsv4.ops.lowbit import Packed, dequantise, quantise_blocks, quantise_fp4, reblock
@@ -36,7 +36,6 @@ Form = Literal["instruct", "base", "bfloat16"]
 STORAGE: dict[Form, Storage] = {"instruct": "fp4", "base": "fp8", "bfloat16": "bfloat16"}
 COPIED = ("tokenizer.json", "tokenizer_config.json")
 ENCODING = "encoding"  # the release's folder for the chat format
-GENERATION = "generation_config.json"
 
 _VERSION = 1  # goes up when the same source gives other bytes: a conversion begun before then starts again
 _DTYPE = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
@@ -144,13 +143,5 @@ def _other_files(root: Path, config: ModelConfig) -> dict[str, bytes]:
     """The small files that belong to a checkpoint, by their path inside it."""
     paths = [root / name for name in COPIED if (root / name).is_file()]
     paths += [path for path in sorted((root / ENCODING).rglob("*")) if path.is_file() and path.suffix != ".pyc"]
-    generation = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "transformers_version": to_released(config)["transformers_version"],
-    }
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
-    return files | {GENERATION: (json.dumps(generation, indent=2) + "\n").encode()}
+    return files | {GENERATION: generation_config(config)}

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsv4.accounting.tensors import Dtype, inventory, num_shards, shard_name, total_bytes
+from dsv4.checkpoint.generation import GENERATION, generation_config
 from dsv4.checkpoint.names import released_tensors
 from dsv4.config.load import save_config
 from dsv4.config.model import ModelConfig, Storage
@@ -95,4 +96,5 @@ def _write(model: Transformer, config: ModelConfig, directory: Path) -> None:
         "weight_map": {spec.name: shard_name(spec.shard, total) for spec in specs},
     }
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / GENERATION).write_bytes(generation_config(config))
     save_config(config, directory / "config.json")

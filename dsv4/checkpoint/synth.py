@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from dsv4.accounting.tensors import FP8_BLOCK, TensorSpec
+from dsv4.checkpoint.generation import GENERATION, generation_config
 from dsv4.checkpoint.stream import Tell, write_stream
 from dsv4.checkpoint.tensor_file import DTYPES
 from dsv4.config.load import to_released
@@ -99,7 +100,7 @@ def synthesise(
     part = synth_config(config, layers, mtp=mtp)
     chosen = _chosen(config, layers)
     key = json.dumps({"synth": VERSION, "seed": seed, "layers": chosen, "config": to_released(part)})
-    files = {"generation_config.json": generation_config(part)}
+    files = {GENERATION: generation_config(part)}
     make = partial(_make, part, chosen, seed, workers)
     write_stream(directory, part, make, key=key, files=files, tell=tell)
 
@@ -232,16 +233,3 @@ def _stream_base(length: int, streams: int) -> torch.Tensor:
     if length > streams:
         base[2 * streams :] = (1 - torch.eye(streams)).flatten() * OFF_DIAGONAL
     return base
-
-
-def generation_config(config: ModelConfig) -> bytes:
-    """Return ``generation_config.json`` as released: sampling from the model's own distribution."""
-    content = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "do_sample": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "transformers_version": to_released(config)["transformers_version"],
-    }
-    return (json.dumps(content, indent=2) + "\n").encode()

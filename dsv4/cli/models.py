@@ -86,7 +86,7 @@ def open_model(directory: Path, precision: Precision, residence: Residence = RES
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("reading"), BarColumn(bar_width=20), DownloadColumn(binary_units=True),
-        console=console, transient=True, disable=not console.is_terminal,
+        console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False,
     )  # fmt: skip
     with progress:
         task = progress.add_task("reading", total=None)

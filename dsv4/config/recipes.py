@@ -126,13 +126,14 @@ def flash() -> TrainConfig:
         ),
         # Published: the lengths and their order, dense attention for the first 1T tokens, sparse from 64K on after a
         # short warm-up of the indexer, 32T in all. Ours: how the 1T divides into 4K and 16K, the warm-up's length
-        # (V3.2's), and that the last 1T is the one at 1M.
+        # (V3.2's), that the last 1T is the one at 1M, and that its last tenth is trained in FP4.
         phases=(
             Phase(name="dense-4k", tokens=900 * BILLION, sequence=4 * K, attention="dense"),
             Phase(name="dense-16k", tokens=100 * BILLION, sequence=16 * K, attention="dense"),
             Phase(name="indexer-64k", tokens=2100 * MILLION, sequence=64 * K, attention="dense", train="indexer"),
             Phase(name="sparse-64k", tokens=29_997_900 * MILLION, sequence=64 * K, attention="sparse"),
-            Phase(name="sparse-1m", tokens=TRILLION, sequence=M, attention="sparse"),
+            Phase(name="sparse-1m", tokens=900 * BILLION, sequence=M, attention="sparse"),
+            Phase(name="fp4-1m", tokens=100 * BILLION, sequence=M, attention="sparse", precision="fp4"),
         ),
     )
 
@@ -151,7 +152,8 @@ def pro() -> TrainConfig:
             Phase(name="dense-16k", tokens=200 * BILLION, sequence=16 * K, attention="dense"),
             Phase(name="indexer-64k", tokens=2100 * MILLION, sequence=64 * K, attention="dense", train="indexer"),
             Phase(name="sparse-64k", tokens=29_997_900 * MILLION, sequence=64 * K, attention="sparse"),
-            Phase(name="sparse-1m", tokens=TRILLION, sequence=M, attention="sparse"),
+            Phase(name="sparse-1m", tokens=900 * BILLION, sequence=M, attention="sparse"),
+            Phase(name="fp4-1m", tokens=100 * BILLION, sequence=M, attention="sparse", precision="fp4"),
         ),
     )
 
@@ -174,7 +176,8 @@ def mini() -> TrainConfig:
             Phase(name="dense-16k", tokens=200 * MILLION, sequence=16 * K, attention="dense"),
             Phase(name="indexer-16k", tokens=50 * MILLION, sequence=16 * K, attention="dense", train="indexer"),
             Phase(name="sparse-16k", tokens=1000 * MILLION, sequence=16 * K, attention="sparse"),
-            Phase(name="sparse-64k", tokens=250 * MILLION, sequence=64 * K, attention="sparse"),
+            Phase(name="sparse-64k", tokens=200 * MILLION, sequence=64 * K, attention="sparse"),
+            Phase(name="fp4-64k", tokens=50 * MILLION, sequence=64 * K, attention="sparse", precision="fp4"),
         ),
     )
 
