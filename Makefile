@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo ablations recall bench-cpu bench-train bench-engine bench-context numbers golden clean
+.PHONY: test check demo ablations recall qat-study bench-cpu bench-train bench-engine bench-context numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -42,6 +42,9 @@ ablations: .venv/ready  ## seven variants of a tiny model, three seeds each; abo
 
 recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not? six minutes
 	$(BIN)/python bench/recall.py --json bench/results/recall.json --plot docs/recall.svg
+
+qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training with it wins back; XX minutes on two cores
+	$(BIN)/python bench/qat_study.py --json bench/results/qat_study.json --plot docs/qat.svg
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
 	$(BIN)/python bench/train_cpu.py --json bench/results/train_cpu.json

@@ -14,10 +14,9 @@ import torch
 
 from dsv4.accounting.tensors import inventory, total_bytes
 from dsv4.checkpoint.load import load_model
-from dsv4.checkpoint.synth import synthesise
 from dsv4.cli.bench_setup import machine, random_prompts
+from dsv4.cli.synth import synth
 from dsv4.config.engine import Limits
-from dsv4.config.presets import flash
 from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
 from dsv4.train.machine import peak_memory_bytes
@@ -32,9 +31,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     folder = Path(sys.argv[1])
     if not folder.exists():
-        begin = time.perf_counter()
-        synthesise(flash(), folder, layers=LAYERS, seed=0)
-        print(f"written in {time.perf_counter() - begin:.0f} s")
+        synth("flash", folder, ",".join(map(str, LAYERS)))
     begin = time.perf_counter()
     model = load_model(folder, "released")
     load_seconds = time.perf_counter() - begin

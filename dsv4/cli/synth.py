@@ -55,9 +55,7 @@ def synth(
         TimeElapsedColumn(), console=notes, transient=True, redirect_stdout=False,
     )  # fmt: skip
     cores = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # each core draws and rounds matrices of its own; threads of threads would wait for one another
+    torch.set_num_threads(1)  # each core draws and rounds a matrix of its own, and threads of threads would wait
     try:
         with progress:
             task = progress.add_task(target.name, total=None)

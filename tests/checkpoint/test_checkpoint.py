@@ -114,7 +114,9 @@ def test_files_are_those_of_the_inventory(model, saved):
     layers = model.config.num_layers
     total = layers + 3  # embedding, layers, head, MTP block
     names = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    assert sorted(file.name for file in saved.iterdir()) == sorted(["config.json", "generation_config.json", INDEX, *names])
+    assert sorted(file.name for file in saved.iterdir()) == sorted(
+        ["config.json", "generation_config.json", INDEX, *names]
+    )
     index = json.loads((saved / INDEX).read_text())
     specs = {spec.name: spec for spec in inventory(model.config)}
     held, num_bytes = {}, 0
