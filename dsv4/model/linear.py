@@ -67,9 +67,7 @@ class PackedLinear(nn.Module):
         self.kind: Kind = weight.kind
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
-        where = resolve("auto", weight.codes.device)
-        values = dequantise(weight, torch.bfloat16, backend=where) if has_values else None
-        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("values", _values(weight) if has_values else None, persistent=False)
 
     @property
     def weight(self) -> Packed:
@@ -103,6 +101,12 @@ class Norm(nn.Module):
         held = self._parameters["weight"]
         assert held is not None
         return held.to(torch.bfloat16) if self.is_narrow else held
+
+
+def _values(weight: Packed) -> torch.Tensor:
+    if weight.codes.is_meta:  # shapes alone
+        return torch.empty(weight.shape, dtype=torch.bfloat16, device="meta")
+    return dequantise(weight, torch.bfloat16, backend=resolve("auto", weight.codes.device))
 
 
 def quantised(weight: torch.Tensor, kind: Kind) -> Packed:

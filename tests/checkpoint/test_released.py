@@ -8,10 +8,18 @@ import torch
 from safetensors import safe_open
 
 import dsv4
+from dsv4.accounting.tensors import inventory
 from dsv4.checkpoint.convert import convert
-from dsv4.config.presets import smoke
+from dsv4.checkpoint.save import stored_tensors
+from dsv4.checkpoint.synth import synthesise
+from dsv4.config.engine import Limits
+from dsv4.config.presets import flash, pro, smoke
+from dsv4.config.sampling import Sampling
+from dsv4.engine.engine import Engine
 from dsv4.model.init import new_model
-from dsv4.model.precision import is_packed, pack, set_rounding
+from dsv4.model.precision import is_packed, pack, replace_maps, set_rounding
+from dsv4.model.transformer import Transformer
+from dsv4.ops.lowbit import Packed
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +123,56 @@ def test_what_has_no_codes_cannot_be_kept_in_them(folders):
 def test_codes_do_not_stay_in_files(folders, options):
     with pytest.raises(ValueError, match=r"weights are in codes; expected them in memory"):
         dsv4.load_model(folders / "instruct", "released", **options)
+
+
+def on_meta(weight, kind, scale_dtype=torch.uint8):
+    """Codes of a weight's shape, and nothing in them."""
+    *stack, rows, columns = weight.shape
+    codes, scales = (rows, columns // 2), (rows, columns // 32)
+    if kind == "fp8":
+        codes, scales = (rows, columns), (-(-rows // 128), -(-columns // 128))
+    held = (torch.empty(*stack, *codes, dtype=torch.uint8), torch.empty(*stack, *scales, dtype=scale_dtype))
+    return Packed(*(tensor.to("meta") if not tensor.is_meta else tensor for tensor in held), kind)
+
+
+@pytest.mark.parametrize(("make", "num_bytes"), [(flash, 159_609_485_896), (pro, 864_704_792_696)])
+def test_a_released_model_is_its_inventory_at_full_size(make, num_bytes):
+    """On the meta device: every name, shape, dtype and byte."""
+    config = make()
+    with torch.device("meta"):
+        held = Transformer(config, weight_dtype=torch.bfloat16, activation_dtype=torch.bfloat16)
+        replace_maps(
+            held, "fp4", lambda name, module: on_meta(module.weight, "fp8"),
+            lambda name, module: tuple(on_meta(w, "fp4") for w in (module.w1, module.w2, module.w3)),
+        )  # fmt: skip
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored_tensors(held, config)}
+    dtypes = {
+        "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "BF16": torch.bfloat16,
+        "F32": torch.float32, "I64": torch.int64,
+    }  # fmt: skip
+    assert found == {spec.name: (spec.shape, dtypes[spec.dtype]) for spec in inventory(config)}
+    assert sum(tensor.nbytes for _, tensor in stored_tensors(held, config)) == num_bytes
+
+
+def test_a_cut_of_flash_loads_and_runs(tmp_path):
+    """A CSA and an HCA layer, smaller: what bench/flash_layers.py does at the true size."""
+    large = flash()
+    config = replace(
+        large, hidden_size=192, vocab_size=300, max_context=1024,
+        attention=replace(large.attention, num_heads=4, head_dim=96, rotary_dims=32, q_rank=64, o_groups=2, o_rank=48),
+        indexer=replace(large.indexer, num_heads=16, head_dim=32, top_k=8),
+        moe=replace(large.moe, num_experts=6, experts_per_token=2, expert_dim=160),
+    )  # fmt: skip
+    synthesise(config, tmp_path / "cut", layers=(2, 3))
+    model = dsv4.load_model(tmp_path / "cut", "released")
+    assert model.config.layer_kinds == ("csa", "hca")
+    prompt = torch.randint(0, 300, (280,), generator=torch.Generator().manual_seed(3)).tolist()
+    engine = Engine(model, Limits(max_requests=1, cache_bytes=2**22, step_tokens=100))
+    (answer,) = engine.generate([prompt], Sampling(max_tokens=12, temperature=0.0, ignore_eos=True))
+    assert len(answer.token_ids) == 12
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *answer.token_ids[:-1]]])
+        found = model(ids).logits[0, len(prompt) - 1 :]
+    # Sums in another order round bfloat16 the other way: the greedy choice is among the best few everywhere.
+    best = found.topk(3).indices
+    assert all(token in best[i] for i, token in enumerate(answer.token_ids))
