@@ -78,9 +78,8 @@ def convert(
 
 
 def _model_directory(path: Path) -> Path:
-    """The directory of the model that a checkpoint's or a run's directory stands for."""
-    is_run = not (path / CONFIG).is_file() and (path / MODEL / CONFIG).is_file()
-    return path / MODEL if is_run else path
+    """The directory of the model that a checkpoint's or a run's directory stands for: a run has a config of its own."""
+    return path / MODEL if (path / MODEL / CONFIG).is_file() else path
 
 
 def _make(source: Source, specs: Sequence[TensorSpec], lossy: bool) -> Iterator[tuple[TensorSpec, torch.Tensor]]:

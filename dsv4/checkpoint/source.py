@@ -84,11 +84,13 @@ def open_source(directory: str | os.PathLike[str]) -> Source:
     placed = _placed(root)
     files: dict[str, TensorFile] = {}
     problems: list[str] = []
+    unread: set[str] = set()
     for name in sorted(set(placed.values())):
         try:
             file = TensorFile(root / name)
         except ValueError as error:
             problems.append(str(error))
+            unread.add(name)
             continue
         for tensor in file.tensors:
             if placed.get(tensor) != name:
@@ -100,7 +102,9 @@ def open_source(directory: str | os.PathLike[str]) -> Source:
     except ValueError as error:
         raise ValueError(f"checkpoint {root} does not fit its config.json: {error}") from error
     expected = {spec.name: spec for spec in inventory(config)}
-    problems += [f"{name}: missing" for name in expected if name not in files]
+    problems += [
+        f"{name}: missing" for name in expected if name not in files and placed.get(name) not in unread
+    ]  # what is in a damaged file is not said twice
     problems += [f"{name}: unknown tensor" for name in files if name not in expected]
     known = files.keys() | expected.keys()
     problems += [f"{name}: in the index, but in no file" for name in placed if name not in known]
