@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def numbers():
-    """Rows of sizes from 2^-20 to 2^20, in bfloat16 as activations are, with ties, powers of two and a group of zeros."""
+    """Rows of sizes from 2^-20 to 2^20, in bfloat16 as activations are, with ties, powers of two, zeros."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(96, 256, generator=draw) * 2.0 ** torch.randint(-20, 21, (96, 1), generator=draw)
     x[1] = 2.0 ** torch.randint(-6, 7, (256,), generator=draw)
