@@ -43,7 +43,7 @@ ablations: .venv/ready  ## seven variants of a tiny model, three seeds each; abo
 recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not? six minutes
 	$(BIN)/python bench/recall.py --json bench/results/recall.json --plot docs/recall.svg
 
-qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training with it wins back; XX minutes on two cores
+qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training with it wins back; 17 minutes
 	$(BIN)/python bench/qat_study.py --json bench/results/qat_study.json --plot docs/qat.svg
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon

@@ -5,10 +5,10 @@
     qat          from the same checkpoint on trained with rounding, for as many steps on the same data, and rounded
 
 Each seed trains one base; two continuations of equal length begin at its checkpoint, one plain, one in FP4, so that
-they differ in nothing else. The indexer's recall is the share of the entries that it picks in bfloat16 which it picks
-with its queries and keys in FP4, too, at the same inputs. ``make qat-study`` runs three seeds at a time with a thread
-each, and writes ``bench/results/qat_study.json`` and ``docs/qat.svg``; ``--table`` prints the tables of
-docs/quantisation.md from it.
+they differ in nothing else. A model of the second one's codes alone must give its loss to the bit. The indexer's recall
+is the share of the entries that it picks in bfloat16 which it picks with its queries and keys in FP4, too, at the same
+inputs. ``make qat-study`` runs three seeds at a time with a thread each, and writes ``bench/results/qat_study.json``
+and ``docs/qat.svg``; ``--table`` prints the tables of docs/quantisation.md from it.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def at_switch(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {
         "first step with rounding, above the same step without": spread(first, 4),
         "last ten steps, above the same steps without": spread(later, 4),
-        "standard deviation of the ten steps before the switch": spread(scatter, 4),
+        "standard deviation of the ten steps before the switch": f"{min(scatter):.2f} to {max(scatter):.2f}",
     }
 
 
@@ -306,6 +306,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
         middle.plot(steps, [qat[s] - plain[s] for s in steps], color=color, linewidth=2.2, label=label)
     middle.axhline(0, color=TEXT, linewidth=0.8)
     middle.set_xlabel("steps after the switch", color=TEXT, fontsize=9)
+    chance = 100 * mean(r["recall"]["plain"]["chance"] for r in report["runs"])
+    right.axhline(chance, color=TEXT, linewidth=0.8, linestyle="--")
+    right.annotate("a random choice", (0, chance), xytext=(0, 4), textcoords="offset points", color=TEXT, fontsize=9)
+    right.set_ylim(0, 100)
     left.legend(frameon=False, fontsize=9, labelcolor=TEXT)
     for axes, title, unit in (
         (left, "Validation loss", "bits per byte"),
