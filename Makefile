@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo ablations recall qat-study bench-cpu bench-train bench-engine bench-context numbers golden clean
+.PHONY: test check demo ablations recall qat-study bench-cpu bench-train bench-engine bench-context bench-released numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -51,6 +51,9 @@ bench-train: .venv/ready  ## a whole training step of nano, beside transformers 
 
 bench-engine: .venv/ready  ## the engine on 246M parameters: prefill, decode, times, memory; two minutes
 	$(BIN)/dsv4 bench engine --prompt-tokens 512 4096 16384 --concurrency 1 8 --json bench/results/engine_cpu.json
+
+bench-released: .venv/ready  ## decoding from FP4 and FP8 codes against bfloat16; one minute
+	$(BIN)/python bench/released_cpu.py
 
 bench-context: .venv/ready  ## a sequence from 4K to a million tokens, beside dense attention; five minutes
 	$(BIN)/dsv4 bench context --cache-format packed --decode-tokens 256 --json bench/results/context_cpu.json \
