@@ -69,7 +69,8 @@ def model_key(model: Transformer, tokenizer: Tokenizer | None, cache: Cache) -> 
     if tokenizer is not None:
         digest.update(tokenizer.to_str().encode())
     for name, tensor in sorted(released_tensors(model), key=itemgetter(0)):
-        stored = tensor.to(model.embed.weight.dtype) if _EXPERT in name else tensor  # experts may be left in a file's
+        is_number = _EXPERT in name and tensor.is_floating_point()  # experts may be left in a file's dtype
+        stored = tensor.to(model.embed.weight.dtype) if is_number else tensor
         digest.update(name.encode())
         digest.update(stored.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

@@ -136,12 +136,9 @@ class PackedStack(nn.Module):
 class PackedExperts(nn.Module):
     """All routed experts of a layer in codes."""
 
-    rounds: Kind
-
     def __init__(self, w1: Packed, w2: Packed, w3: Packed) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = PackedStack(w1), PackedStack(w2), PackedStack(w3)
-        self.rounds = w1.kind
 
     def packed(self) -> PackedMatrices:
         """The experts as ``ops.experts.experts_of_codes`` takes them."""

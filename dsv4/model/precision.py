@@ -65,14 +65,12 @@ def quantised_maps(config: ModelConfig) -> frozenset[str]:
     return frozenset(spec.name.removesuffix(".scale") for spec in inventory(config) if spec.role == "scale")
 
 
-def pack(model: Transformer, storage: Storage = "fp4") -> Transformer:
+def pack(model: Transformer) -> Transformer:
     """Turn a model of plain weights into one that holds codes, in place, and return it: for inference alone.
 
-    storage: ``fp4``, the formats of the instruct releases. What is left of the weights becomes bfloat16, as it is
-    stored there, and so do the activations.
+    The codes are those of the instruct releases. What is left of the weights becomes bfloat16, as it is stored there,
+    and so do the activations.
     """
-    if is_packed(model) or storage != "fp4":
-        raise ValueError(f"storage is {storage!r} or the model is packed; expected 'fp4' and a model of plain weights")
     set_rounding(model, "none")
     model.requires_grad_(False)
 
@@ -83,7 +81,7 @@ def pack(model: Transformer, storage: Storage = "fp4") -> Transformer:
         w1, w2, w3 = (quantised(w, "fp4") for w in (module.w1, module.w2, module.w3))
         return w1, w2, w3
 
-    replace_maps(model, storage, matrix, stack)
+    replace_maps(model, "fp4", matrix, stack)
     for spec in inventory(model.config):
         if spec.dtype == "BF16" and spec.role != "scale":
             _cast(model, spec.name)
