@@ -17,21 +17,13 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsv4.config.model import ModelConfig
-
-BAR, GAP = "\uff5c", "\u2581"  # the fullwidth bar and the low block in the names of special tokens
-
-BOS = f"<{BAR}begin{GAP}of{GAP}sentence{BAR}>"
-EOS = f"<{BAR}end{GAP}of{GAP}sentence{BAR}>"
-PAD = f"<{BAR}{GAP}pad{GAP}{BAR}>"
-FIM_HOLE, FIM_BEGIN, FIM_END = (f"<{BAR}fim{GAP}{word}{BAR}>" for word in ("hole", "begin", "end"))
-
-SPECIAL_TOKENS = (
-    BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>", "<|EOT|>",
-    "<think>", "</think>", f"{BAR}DSML{BAR}", f"<{BAR}begin{GAP}sys{BAR}>", f"<{BAR}end{GAP}sys{BAR}>",
-    f"<{BAR}latest_reminder{BAR}>", f"<{BAR}action{BAR}>", f"<{BAR}query{BAR}>", f"<{BAR}authority{BAR}>",
-    f"<{BAR}domain{BAR}>", f"<{BAR}title{BAR}>", f"<{BAR}extracted_url{BAR}>", f"<{BAR}read_url{BAR}>",
-)  # fmt: skip
-"""The released special tokens that V4 uses, in the order of their ids there. Here they are ids 0, 1, 2 and so on."""
+from dsv4.text.tokens import BOS as BOS
+from dsv4.text.tokens import EOS as EOS
+from dsv4.text.tokens import FIM_BEGIN as FIM_BEGIN
+from dsv4.text.tokens import FIM_END as FIM_END
+from dsv4.text.tokens import FIM_HOLE as FIM_HOLE
+from dsv4.text.tokens import PAD as PAD
+from dsv4.text.tokens import SPECIAL_TOKENS as SPECIAL_TOKENS
 
 NUM_BYTES = 256
 
