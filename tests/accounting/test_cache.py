@@ -36,7 +36,7 @@ def test_bytes_per_token(make, per_token, gib):
 def test_rows():
     assert [row_bytes(flash(), form) for form in CACHE_FORMATS] == [2048, 1024, 584, 584]
     assert [index_row_bytes(flash(), form) for form in CACHE_FORMATS] == [512, 256, 132, 68]
-    assert row_bytes(nano(), "packed") == 64 + 128 + 8
+    assert row_bytes(nano(), "packed") == 96 + 2 * 32 + 8
 
 
 def test_fixed_state():
@@ -48,7 +48,7 @@ def test_fixed_state():
 
 def test_only_whole_entries_are_stored():
     config = nano()  # 2 CSA layers, 1 HCA layer
-    row, index = 200, 34
+    row, index = 168, 17
     for context, csa, hca in ((3, 0, 0), (4, 1, 0), (127, 31, 0), (128, 32, 1), (255, 63, 1), (256, 64, 2)):
         assert entry_bytes(config, "packed", context) == 2 * csa * (row + index) + 1 * hca * row
     assert cache_bytes(config, "packed", 3) == state_bytes(config, "packed")

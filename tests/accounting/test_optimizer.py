@@ -42,12 +42,12 @@ def test_nano_by_hand():
         return 10 * (2 * n * n * m + 2 * n * n * n + 2 * n * n * m)
 
     # 128 x 256: of each of 6 layers wq_a, wkv, two parts of wo_a, 3 matrices of 8 experts and of the shared one; both
-    # projections of the HCA compressor, and of 2 indexers'.
-    small = 6 * (4 + 3 * 9) + 1 * 2 + 2 * 2
+    # projections of the HCA compressor.
+    small = 6 * (4 + 3 * 9) + 1 * 2
     square = 6 + 2 + 2 * 2  # 256 x 256: wo_b, MTP's projections, CSA's compressors
     rest = 6 * (flops(128, 512) + flops(8, 256) + 2 * flops(24, 1024)) + 2 * flops(4, 1024)
-    indexers = 2 * (flops(128, 8 * 64) + flops(8, 256))
+    indexers = 2 * (flops(2 * 32, 128) + flops(2, 256) + 2 * flops(2 * 32, 256))  # queries, weights, the compressor
     wanted = small * flops(128, 256) + square * flops(256, 256) + rest + indexers
     assert newton_schulz_flops(nano(), per_head=False) == wanted
-    heads = 6 * (4 * flops(128, 128) - flops(128, 512)) + 2 * (8 * flops(64, 128) - flops(128, 8 * 64))
+    heads = 6 * (4 * flops(128, 128) - flops(128, 512)) + 2 * (2 * flops(32, 128) - flops(2 * 32, 128))
     assert newton_schulz_flops(nano(), per_head=True) == wanted + heads

@@ -45,9 +45,7 @@ def test_small_models_have_every_idea_of_the_large(name):
     # A context must be long enough for the indexer to leave entries out, and for an HCA entry beyond the window.
     assert config.max_context // RATIO["csa"] > config.indexer.top_k
     assert config.max_context > config.attention.window + RATIO["hca"]
-    # Cached rows quantise in groups of 64 plain channels, indexer keys in groups of 32.
-    assert (config.attention.head_dim - config.attention.rotary_dims) % 64 == 0
-    assert config.indexer.head_dim % 32 == 0
+    assert config.indexer.head_dim % 32 == 0  # keys quantise in groups of 32; a row's last group may be short of 64
 
 
 def test_toy_sizes_of_nano_differ_where_a_swap_could_hide():
@@ -60,23 +58,18 @@ def test_smoke_is_tiny():
     assert 100_000 < parameters(smoke()).with_mtp.total < 350_000
 
 
-def test_nano_1m_is_nano_but_for_its_context_indexer_and_rotation():
-    small, long = nano(), nano_long()
-    assert dataclasses.replace(long.attention, rotary_dims=small.attention.rotary_dims) == small.attention
-    given = {"max_context": small.max_context, "indexer": small.indexer, "attention": small.attention}
-    assert dataclasses.replace(long, **given) == small
-    assert (long.max_context, long.indexer.num_heads, long.indexer.top_k) == (2**20, 2, small.indexer.top_k)
-    proportions = [config.indexer.head_dim / config.attention.head_dim for config in (long, flash())]
-    assert proportions == [0.25, 0.25]
+def test_nano_1m_is_nano_but_for_its_context():
+    assert dataclasses.replace(nano_long(), max_context=nano().max_context) == nano()
+    assert nano_long().max_context == 2**20
 
 
-def test_the_indexer_of_nano_1m_has_the_share_of_flash_at_a_million_tokens():
+def test_the_indexer_of_nano_is_in_proportion_to_that_of_flash():
     def share(config):
         costs = decode(config, 2**20)
         return sum(cost.flops for cost in costs if cost.kind == "indexer") / sum(cost.flops for cost in costs)
 
-    shares = [share(config) for config in (nano_long(), flash(), nano())]
-    assert [round(100 * x) for x in shares] == [72, 65, 95]
+    assert [config.indexer.head_dim / config.attention.head_dim for config in (nano(), flash())] == [0.25, 0.25]
+    assert [round(100 * share(config)) for config in (nano(), flash())] == [72, 65]
 
 
 def test_bench_engine_is_the_shape_of_the_benchmark():
