@@ -185,12 +185,12 @@ def _engine(path: Path, serving: Serving, residence: Residence, num_prompts: int
     tokenizer = load_tokenizer(str(find_tokenizer(directory)))
     config = load_config(directory)
     check_tokenizer(tokenizer, config)
-    limits = _limits(config, serving, num_prompts)
+    limits = engine_limits(config, serving, num_prompts)
     keep_freed_memory()
     return Engine(open_model(directory, serving.precision, residence), limits, tokenizer=tokenizer)
 
 
-def _limits(config: ModelConfig, serving: Serving, num_prompts: int) -> Limits:
+def engine_limits(config: ModelConfig, serving: Serving, num_prompts: int) -> Limits:
     """The engine's limits: no more memory for pages than so many prompts can fill."""
     from dsv4.accounting.cache import page_bytes
     from dsv4.engine.pages import pages_of

@@ -11,8 +11,8 @@ request gets depends on its prompt, its sampling and its seed; in the invariant 
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Self, cast
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Self, TypeVar, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -39,6 +39,7 @@ from dsv4.engine.text import TextStream
 from dsv4.model.transformer import Transformer
 
 MAX_SEED = 2**63 - 1
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -355,13 +356,25 @@ class Engine:
         *,
         salt: bytes = b"",
         mask: Mask | None = None,
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yield a request's pieces as they come. Leaving the loop early cancels it.
 
         Steps run in one thread of the engine's own, for all streams together. If they stop, whatever the reason, every
         stream raises a ``StepError`` with that as its cause.
         """
         return self._streams.run(lambda: self.add(prompt, sampling, salt=salt, mask=mask))
+
+    def follow(self, add: Callable[[], str]) -> AsyncGenerator[Piece, None]:
+        """Yield the further pieces of a request that outlives its reader, for one that was resumed.
+
+        add: is called between two steps, and returns the request's id. Leaving the loop early changes nothing: the
+        request goes on, and when it has ended it waits to be taken.
+        """
+        return self._streams.run(add, is_kept=True)
+
+    async def between(self, call: Callable[[], Result]) -> Result:
+        """Return what ``call`` returns, between two steps: where streams run, ``cancel`` and ``take`` need it."""
+        return await self._streams.between(call)
 
     # ---- the end ----
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dsv4.engine.outputs import Piece
 
 if TYPE_CHECKING:
     from dsv4.engine.engine import Engine
+
+Result = TypeVar("Result")
 
 
 class StepError(RuntimeError):
@@ -23,12 +25,16 @@ class Streams:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._queues: dict[str, asyncio.Queue[Piece | asyncio.Task[None]]] = {}  # pieces, and a driver that has ended
+        self._left: list[str] = []  # requests whose streams were left, until the engine has forgotten them
         self._lock = asyncio.Lock()  # between the thread's steps and the loop's calls
         self._driver: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    async def run(self, add: Callable[[], str]) -> AsyncIterator[Piece]:
-        """Yield the pieces of the request that ``add`` adds. Leaving the loop early cancels it."""
+    async def run(self, add: Callable[[], str], *, is_kept: bool = False) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of the request that ``add`` adds.
+
+        Leaving the loop, early or not, drops it; one that is kept goes on, and waits to be taken.
+        """
         queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
         async with self._lock:
             id = add()
@@ -48,8 +54,20 @@ class Streams:
                         return
         finally:
             del self._queues[id]
-            async with self._lock:
-                self._engine.drop(id)
+            if not is_kept:
+                self._left.append(id)
+            async with self._lock:  # if this is cancelled once more, the driver does it after its step
+                self._drop_left()
+
+    def _drop_left(self) -> None:
+        """Let the engine forget those whose streams were left. It must stand still."""
+        while self._left:
+            self._engine.drop(self._left.pop())
+
+    async def between(self, call: Callable[[], Result]) -> Result:
+        """Return what ``call`` returns, which no step runs beside."""
+        async with self._lock:
+            return call()
 
     def put(self, piece: Piece) -> None:
         """Hand a piece to its stream, if it has one."""
@@ -57,6 +75,9 @@ class Streams:
             self._queues[piece.id].put_nowait(piece)
 
     def close(self) -> None:
+        """End the thread. A driver that still runs, for requests that are kept, ends with the step under way."""
+        if self._driver is not None and not self._driver.done() and not self._driver.get_loop().is_closed():
+            self._driver.cancel()
         self._thread.shutdown()
 
     async def _drive(self) -> None:
@@ -68,6 +89,7 @@ class Streams:
                     pieces = await asyncio.wrap_future(step)
                 finally:
                     wait([step])  # it runs on if this task is cancelled
+                    self._drop_left()
             for piece in pieces:
                 self.put(piece)
             await asyncio.sleep(0)

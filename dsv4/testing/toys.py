@@ -71,6 +71,26 @@ def pro_like() -> ModelConfig:
     )
 
 
+def tiny_model(vocab_size: int, *, max_context: int = 512) -> Transformer:
+    """Return a model so small that thousands of requests run: a window layer, a CSA layer and an MTP block."""
+    toy = flash_like()
+    config = replace(
+        toy,
+        vocab_size=vocab_size,
+        hidden_size=12,
+        layer_kinds=("window", "csa"),
+        attention=replace(toy.attention, num_heads=2, head_dim=6, rotary_dims=4, q_rank=8, o_rank=3, window=5),
+        indexer=replace(toy.indexer, num_heads=3, top_k=2),
+        hyper_connections=replace(toy.hyper_connections, streams=2, sinkhorn_iterations=3),
+        moe=replace(toy.moe, num_experts=3, experts_per_token=2, expert_dim=7, num_hash_layers=0),
+        max_context=max_context,
+    )
+    model = toy_model(config).requires_grad_(False).eval()
+    model.head.weight.mul_(6)
+    return model
+
+
+
 def toy_model(config: ModelConfig, seed: int = 0, *, backend: BackendChoice = "auto") -> Transformer:
     """Return a float32 model whose every parameter is random; the same seed gives the same model."""
     model = new_model(config, seed, backend=backend)

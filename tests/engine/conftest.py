@@ -3,15 +3,13 @@
 Their engines get no more memory than they need: the default is a GiB, which takes a second to make.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import dsv4
 from dsv4.config.engine import Limits
 from dsv4.data.tokenizer import num_ids, train_tokenizer
-from dsv4.testing.toys import flash_like, toy_model
+from dsv4.testing.toys import flash_like, tiny_model, toy_model
 
 
 @pytest.fixture(scope="session")
@@ -25,24 +23,6 @@ def prompts(model):
     generator = torch.Generator().manual_seed(11)
     ids = torch.randint(2, model.config.vocab_size, (5, 320), generator=generator).tolist()
     return [ids[0][:5], ids[1][:129], ids[2][:300], ids[3][:40], ids[2][:260] + ids[4][:9]]
-
-
-def tiny_model(vocab_size):
-    toy = flash_like()
-    config = replace(
-        toy,
-        vocab_size=vocab_size,
-        hidden_size=12,
-        layer_kinds=("window", "csa"),
-        attention=replace(toy.attention, num_heads=2, head_dim=6, rotary_dims=4, q_rank=8, o_rank=3, window=5),
-        indexer=replace(toy.indexer, num_heads=3, top_k=2),
-        hyper_connections=replace(toy.hyper_connections, streams=2, sinkhorn_iterations=3),
-        moe=replace(toy.moe, num_experts=3, experts_per_token=2, expert_dim=7, num_hash_layers=0),
-        max_context=512,
-    )
-    model = toy_model(config).requires_grad_(False).eval()
-    model.head.weight.mul_(6)
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""A model behind the web: the protocols of chat clients, and what they share."""
