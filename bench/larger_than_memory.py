@@ -1,10 +1,12 @@
 """A checkpoint larger than the memory it runs in: tokens per second from memory, mapped, and with a pool of experts.
 
     python bench/larger_than_memory.py FOLDER --json bench/results/larger_than_memory.json
+    python bench/larger_than_memory.py FOLDER --precision released
 
-Writes a checkpoint of 3.4 billion parameters, 6.8 GB in bfloat16, into FOLDER if it is not there, and runs ``dsv4 bench
-engine`` on it in a control group with less memory. What the system keeps of files counts there too, so that what does
-not fit is read again from the disk. Needs root and the memory controller, as a container or a virtual machine has them.
+Writes a checkpoint of 3.4 billion parameters into FOLDER if it is not there, 6.8 GB in bfloat16 or 2.0 GB in the codes
+of the release, and runs ``dsv4 bench engine`` on it in a control group with less memory. What the system keeps of files
+counts there too, so that what does not fit is read again from the disk. Needs root and the memory controller, as a
+container or a virtual machine has them.
 """
 
 from __future__ import annotations
@@ -42,14 +44,24 @@ class Case:
     pool_gib: float | None = None
 
 
-CASES = (
-    Case("memory", None),
-    Case("mapped", None),
-    Case("memory", 2),
-    Case("mapped", 2),
-    Case("mapped", 2, 0.25),
-    Case("mapped", 2, 1),
-)
+CASES = {
+    "bfloat16": (
+        Case("memory", None),
+        Case("mapped", None),
+        Case("memory", 2),
+        Case("mapped", 2),
+        Case("mapped", 2, 0.25),
+        Case("mapped", 2, 1),
+    ),
+    "released": (
+        Case("memory", None),
+        Case("mapped", None),
+        Case("memory", 1),
+        Case("mapped", 1),
+        Case("mapped", 1, 0.125),
+        Case("mapped", 1, 0.5),
+    ),
+}
 
 
 def config() -> ModelConfig:
@@ -82,10 +94,10 @@ def _own_group() -> str:
     return next(line.split(":", 2)[2] for line in lines if "memory" in line.split(":")[1].split(","))
 
 
-def run(case: Case, folder: Path, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
+def run(case: Case, folder: Path, prompt_tokens: int, output_tokens: int, precision: str) -> dict[str, Any]:
     """Measure one case in a process of its own, its files dropped from memory before."""
     options: list[object] = ["--weights", case.weights, "--prompt-tokens", prompt_tokens]
-    options += ["--output-tokens", output_tokens]
+    options += ["--output-tokens", output_tokens, "--precision", precision]
     options += [] if case.pool_gib is None else ["--expert-bytes", int(case.pool_gib * 2**30)]
     forget(folder)
     with tempfile.TemporaryDirectory() as directory, group(case.limit_gib) as processes:
@@ -138,19 +150,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the checkpoint, on the disk to measure")
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--precision", choices=list(CASES), default="bfloat16")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if not (given.folder / "config.json").is_file():
-        dsv4.save_model(random_model(config(), Options()), given.folder)
+        dsv4.save_model(random_model(config(), Options(precision=given.precision)), given.folder)
     size = sum(file.stat().st_size for file in given.folder.glob("*.safetensors"))
     print(HEADER)
     found = []
-    for case in CASES:
+    for case in CASES[given.precision]:
         rate = disk_rate(given.folder)
-        found.append(run(case, given.folder, given.prompt_tokens, given.output_tokens) | {"disk_bytes_per_s": rate})
+        measured = run(case, given.folder, given.prompt_tokens, given.output_tokens, given.precision)
+        found.append(measured | {"disk_bytes_per_s": rate})
         print(describe(found[-1]), flush=True)
     results = {"machine": machine(), "date": date.today().isoformat(), "checkpoint_bytes": size, "cases": found}
     results |= {"prompt_tokens": given.prompt_tokens, "output_tokens": given.output_tokens}
+    results |= {"precision": given.precision}
     if given.json is not None:
         given.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

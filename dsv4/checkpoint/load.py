@@ -10,9 +10,9 @@ import torch
 
 from dsv4.checkpoint.leave import leave_in_files
 from dsv4.checkpoint.names import expert_names, released_tensors
-from dsv4.checkpoint.source import Source, open_source
+from dsv4.checkpoint.source import Source, open_source, scale_name
 from dsv4.model.linear import Linear
-from dsv4.model.moe import Experts, Router
+from dsv4.model.moe import Experts, PackedExperts, Router
 from dsv4.model.precision import replace_maps
 from dsv4.model.transformer import Transformer
 from dsv4.native.large_pages import prefer_large_pages
@@ -45,9 +45,10 @@ def load_model(
 
     weights: ``mapped`` leaves them in the files, which must stay as they are: a page is read when it is used,
     and given up when memory is short. Only what is stored in another dtype than asked for is copied; routed
-    experts are cast where they are used. expert_bytes: routed experts are read into a pool of at most so many
+    experts are cast where they are used. Of codes the scales are read once, to be checked, and nothing is copied but
+    ``wo_a``, whose values are kept in bfloat16. expert_bytes: routed experts are read into a pool of at most so many
     bytes, from the files or, with ``memory``, from CPU memory into a pool that an accelerator computes from.
-    Either is for inference only, and for checkpoints without codes.
+    Either is for inference only, and for codes with the precision ``released`` alone.
     """
     for name, value, known in (("precision", precision, Precision), ("weights", weights, Weights)):
         if value not in get_args(known):
@@ -61,17 +62,19 @@ def load_model(
             f"precision is 'released' for {source.root}, whose weights are no codes; expected 'bfloat16' or 'float32', "
             "or a checkpoint in FP8 or FP4 (dsv4 convert --format instruct writes one)"
         )
-    stays = weights == "mapped" or expert_bytes is not None
-    if stays and has_codes:
+    stays, in_codes = weights == "mapped" or expert_bytes is not None, precision == "released"
+    if stays and has_codes and not in_codes:
         what = "weights is 'mapped'" if weights == "mapped" else f"expert_bytes is {expert_bytes}"
-        raise ValueError(f"{what} for {source.root}, whose weights are in codes; expected them in memory")
+        raise ValueError(
+            f"{what} for {source.root}, whose weights are codes, with precision {precision!r}; expected 'released', "
+            "or numbers in memory"
+        )
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     if stays:
-        opened = list({id(file): file for file in source.files.values()}.values())
         model = leave_in_files(
-            source.config, opened, dtype, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
+            source, dtype, in_codes=in_codes, is_mapped=weights == "mapped", expert_bytes=expert_bytes, backend=backend
         )
-    elif precision == "released":
+    elif in_codes:
         model = _in_codes(source, backend, _Counted(source, tell))
     else:
         model = _in_numbers(source, dtype, backend, _Counted(source, tell))
@@ -97,7 +100,7 @@ def _in_numbers(source: Source, dtype: torch.dtype, backend: BackendChoice, read
     model = Transformer(source.config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
     where = resolve("auto", torch.device("cpu"))
     for name, target in released_tensors(model):
-        scale = f"{name.removesuffix('.weight')}.scale"
+        scale = scale_name(name)
         if name.endswith(".weight") and scale in source.files:
             packed = source.matrix(name)
             assert isinstance(packed, Packed), f"{name} has scales and no codes"
@@ -122,25 +125,10 @@ def _in_codes(source: Source, backend: BackendChoice, read: _Counted) -> Transfo
         read.add(f"{name}.weight", f"{name}.scale")
         return packed
 
-    def stack(name: str, module: Experts) -> tuple[Packed, Packed, Packed]:
-        num_experts = len(module.w1)
-        matrices = []
-        for which in range(3):
-            made: Packed | None = None
-            for expert in range(num_experts):
-                weight = expert_names(name, expert)[which]
-                one = source.matrix(weight)
-                assert isinstance(one, Packed), f"{weight} has no scales"
-                if made is None:
-                    made = _empty_stack(num_experts, one)
-                made.codes[expert], made.scales[expert] = one.codes, one.scales
-                read.add(weight, f"{weight.removesuffix('.weight')}.scale")
-            assert made is not None
-            matrices.append(made)
-        w1, w2, w3 = matrices
-        return w1, w2, w3
+    def experts(name: str, module: Experts) -> PackedExperts:
+        return PackedExperts(*(_stack(source, name, which, len(module.w1), read) for which in range(3)))
 
-    replace_maps(model, source.config.storage, matrix, stack)
+    replace_maps(model, source.config.storage, matrix, experts)
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensors[name] = tensor
@@ -151,6 +139,25 @@ def _in_codes(source: Source, backend: BackendChoice, read: _Counted) -> Transfo
             read.add(name)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
+
+
+def _stack(source: Source, experts: str, which: int, count: int, read: _Counted) -> Packed:
+    """w1, w2 or w3 of all experts of a layer, read one after another."""
+    made: Packed | None = None
+    for expert in range(count):
+        weight = expert_names(experts, expert)[which]
+        one = source.matrix(weight)
+        assert isinstance(one, Packed), f"{weight} has no scales"
+        if made is None:
+            made = _empty_stack(count, one)
+        if one.scales.dtype != made.scales.dtype:
+            raise ValueError(
+                f"{scale_name(weight)} is read as {one.scales.dtype}; expected {made.scales.dtype}, as of expert 0"
+            )
+        made.codes[expert], made.scales[expert] = one.codes, one.scales
+        read.add(weight, scale_name(weight))
+    assert made is not None, f"{experts} has no experts"
+    return made
 
 
 def _empty_stack(count: int, like: Packed) -> Packed:

@@ -24,10 +24,13 @@ _STACKED = re.compile(r"(.*\.experts)\.(w[123])(?:\.(codes|scales))?$")
 _STORED = {None: "weight", "codes": "weight", "scales": "scale"}
 
 
-def expert_names(experts: str, expert: int) -> tuple[str, str, str]:
-    """Return the released names of w1, w2 and w3 of one of the experts that a module holds, by the module's name."""
-    w1, w2, w3 = (f"{experts}.{expert}.{w}.weight" for w in ("w1", "w2", "w3"))
-    return w1, w2, w3
+def expert_names(experts: str, expert: int, *, has_scales: bool = False) -> tuple[str, ...]:
+    """Return the released names of w1, w2 and w3 of one of the experts that a module holds, by the module's name.
+
+    has_scales: and then those of their scales.
+    """
+    lasts = ("weight", "scale") if has_scales else ("weight",)
+    return tuple(f"{experts}.{expert}.{w}.{last}" for last in lasts for w in ("w1", "w2", "w3"))
 
 
 def released_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,4 +50,5 @@ def released_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, StoredExperts):
             for expert in range(module.sizes[0]):
-                yield from zip(expert_names(name, expert), module.source.tensors(expert), strict=True)
+                names = expert_names(name, expert, has_scales=module.kind is not None)
+                yield from zip(names, module.source.tensors(expert), strict=True)

@@ -45,25 +45,33 @@ class Source:
         self.files[name].read_(name, result)
         return result
 
-    def matrix(self, name: str) -> Packed | torch.Tensor:
+    def view(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is stored, where its file is mapped."""
+        return self.files[name].view(name)
+
+    def matrix(self, name: str, *, is_mapped: bool = False) -> Packed | torch.Tensor:
         """Read a matrix [O, I] by the name of its weight: in codes with its scales, or as it is stored.
 
-        A scale that is not finite and positive is a ``ValueError`` that names tensor and file.
+        is_mapped: as views; to be checked, scales are read once more. One that is not finite and positive is a
+        ``ValueError`` that names tensor and file.
         """
-        scale = scale_name(name)
+        scale, get = scale_name(name), self.view if is_mapped else self.tensor
         if scale not in self.files:
-            return self.tensor(name)
-        codes, scales = self.tensor(name), self.tensor(scale)
-        kind = "fp4" if codes.dtype == torch.int8 else "fp8"
-        if scales.dtype != torch.float32:
-            scales = scales.view(torch.uint8)
-        packed = Packed(codes.view(torch.uint8), scales, kind)
+            return get(name)
+        codes = get(name)
+        packed = Packed(as_bytes(codes), as_bytes(get(scale)), "fp4" if codes.dtype == torch.int8 else "fp8")
+        read = replace(packed, scales=as_bytes(self.tensor(scale))) if is_mapped else packed  # in no page of a view
         try:
-            packed.check_scales()
-            _check_positive(scales)
+            read.check_scales()
+            _check_positive(read.scales)
         except ValueError as error:
             raise ValueError(f"{scale} in {self.files[scale].path}: {error}") from error
         return packed
+
+
+def as_bytes(stored: torch.Tensor) -> torch.Tensor:
+    """Return codes, and scales of a byte, as uint8, which is what ``Packed`` has; others as they are."""
+    return stored.view(torch.uint8) if stored.dtype.itemsize == 1 else stored
 
 
 def scale_name(weight: str) -> str:

@@ -14,25 +14,35 @@ from dsv4.model.expert_pool import ExpertPool, ExpertSource, Layout, Tensors
 from dsv4.ops.backend import Backend
 from dsv4.ops.experts import stored_experts
 from dsv4.ops.experts.store import Matrices, Table
+from dsv4.ops.lowbit import Kind
 
 
 class StoredExperts(nn.Module):
-    """The experts of one layer, and an ``ExpertStore`` of the operations: w1 [F, D], w2 [D, F] and w3 [F, D] of each.
+    """The experts of one layer, and an ``ExpertStore`` of the operations. The source has the parts of ``Matrices``.
 
-    Without a pool they are used where the source has them. sizes: E, F and D. layer: its number in the pool.
+    Without a pool they are used where the source has them. sizes: E, F and D. kind: of their codes, None for numbers.
+    layer: its number in the pool.
     """
 
     def __init__(
-        self, source: ExpertSource, sizes: tuple[int, int, int], *, layer: int, pool: ExpertPool | None
+        self,
+        source: ExpertSource,
+        sizes: tuple[int, int, int],
+        *,
+        kind: Kind | None,
+        layer: int,
+        pool: ExpertPool | None,
     ) -> None:
         super().__init__()
         E, F, D = sizes
-        shapes, wanted = tuple(shape for shape, _ in source.layout.tensors), ((F, D), (D, F), (F, D))
+        parts = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in source.layout.tensors)
+        shapes, wanted = Matrices(parts, kind).shapes, [[F, D], [D, F], [F, D]]
         if shapes != wanted:
-            raise ValueError(f"experts have tensors of shapes {shapes}; expected {wanted}")
+            raise ValueError(f"experts have matrices of shapes {shapes}; expected {wanted}")
         self.source, self.sizes, self.layer, self.pool = source, sizes, layer, pool
-        self.dtype = source.layout.tensors[0][1]
-        self.whole = None if pool is not None else Table(E, {e: _matrices(source.tensors(e)) for e in range(E)})
+        self.kind: Kind | None = kind
+        self.dtype = parts[0].dtype
+        self.whole = None if pool is not None else self._table({e: source.tensors(e) for e in range(E)})
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +54,7 @@ class StoredExperts(nn.Module):
             yield self.whole
         if self.pool is not None:
             for held in self.pool.hold(self.layer, self.source, counts, num_tokens):
-                yield Table(self.sizes[0], {expert: _matrices(tensors) for expert, tensors in held.items()})
+                yield self._table(held)
 
     def run(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, limit: float, backend: Backend
@@ -63,6 +73,9 @@ class StoredExperts(nn.Module):
     ) -> torch.Tensor:
         """See ``Experts``."""
         return stored_experts(x, chosen, weights, self, limit, shared=shared, backend=backend)
+
+    def _table(self, held: Mapping[int, Tensors]) -> Table:
+        return Table(self.sizes[0], {expert: Matrices(parts, self.kind) for expert, parts in held.items()})
 
 
 class MemoryExperts:
@@ -84,8 +97,3 @@ class MemoryExperts:
 
     def announce(self, experts: Sequence[int]) -> None:
         """See ``ExpertSource``. They are there already."""
-
-
-def _matrices(tensors: Tensors) -> Matrices:
-    w1, w2, w3 = tensors
-    return w1, w2, w3

@@ -16,8 +16,7 @@ from dsv4.native import wants_gradient
 from dsv4.ops import route
 from dsv4.ops.backend import Backend
 from dsv4.ops.balance import balance
-from dsv4.ops.experts import experts, experts_of_codes, experts_with_shared, rounded_experts, swiglu
-from dsv4.ops.experts.coded import PackedMatrices
+from dsv4.ops.experts import experts, experts_with_shared, rounded_experts, swiglu
 from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear
 from dsv4.ops.lookup import lookup
@@ -94,15 +93,9 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """See ``ops.experts.experts``, or with ``rounds`` ``ops.experts.rounded_experts``."""
         if self.rounds is None:
-            return experts(x, chosen, weights, self.w1, self.w2, self.w3, limit, backend=backend)
-        w1, w2, w3 = (rounded(w, self.rounds, x.dtype) for w in (self.w1, self.w2, self.w3))
-        return rounded_experts(x, chosen, weights, w1, w2, w3, limit, backend=backend)
-
-    def packed(self) -> PackedMatrices:
-        """The experts in the codes that they round to."""
-        assert self.rounds is not None, "these experts do not round"
-        w1, w2, w3 = (quantised(w, self.rounds) for w in (self.w1, self.w2, self.w3))
-        return w1, w2, w3
+            return experts(x, chosen, weights, Matrices((self.w1, self.w2, self.w3)), limit, backend=backend)
+        routed = Matrices(tuple(rounded(w, self.rounds, x.dtype) for w in (self.w1, self.w2, self.w3)))
+        return rounded_experts(x, chosen, weights, routed, limit, backend=backend)
 
     def run_with_shared(
         self,
@@ -113,8 +106,12 @@ class Experts(nn.Module):
         limit: float,
         backend: Backend,
     ) -> torch.Tensor:
-        """See ``ops.experts.experts_with_shared``."""
-        routed = (self.w1, self.w2, self.w3)
+        """See ``ops.experts.experts_with_shared``. Where these round, ``shared`` is in codes."""
+        if self.rounds is None:
+            routed = Matrices((self.w1, self.w2, self.w3))
+        else:
+            w1, w2, w3 = (quantised(w, self.rounds) for w in (self.w1, self.w2, self.w3))
+            routed = Matrices.of_codes(w1, w2, w3)
         return experts_with_shared(x, chosen, weights, routed, shared, limit, backend=backend)
 
 
@@ -138,11 +135,21 @@ class PackedExperts(nn.Module):
 
     def __init__(self, w1: Packed, w2: Packed, w3: Packed) -> None:
         super().__init__()
+        self.kind: Kind | None = Matrices.of_codes(w1, w2, w3).kind
         self.w1, self.w2, self.w3 = PackedStack(w1), PackedStack(w2), PackedStack(w3)
 
-    def packed(self) -> PackedMatrices:
-        """The experts as ``ops.experts.experts_of_codes`` takes them."""
-        return self.w1.weight, self.w2.weight, self.w3.weight
+    def run_with_shared(
+        self,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        shared: Matrices,
+        limit: float,
+        backend: Backend,
+    ) -> torch.Tensor:
+        """See ``Experts``."""
+        routed = Matrices.of_codes(self.w1.weight, self.w2.weight, self.w3.weight)
+        return experts_with_shared(x, chosen, weights, routed, shared, limit, backend=backend)
 
 
 class SharedExpert(nn.Module):
@@ -163,10 +170,11 @@ class SharedExpert(nn.Module):
         with recomputed(activated, lambda: swiglu(gate, up, self.limit, backend=call.backend)):
             return self.w2(activated)
 
-    def packed(self) -> PackedMatrices:
-        """The expert in codes."""
-        w1, w2, w3 = (w.packed() for w in (self.w1, self.w2, self.w3))
-        return w1, w2, w3
+    def matrices(self, *, in_codes: bool) -> Matrices:
+        """Return the expert's maps."""
+        if in_codes:
+            return Matrices.of_codes(self.w1.packed(), self.w2.packed(), self.w3.packed())
+        return Matrices((self.w1.weight, self.w2.weight, self.w3.weight))
 
 
 class MoE(nn.Module):
@@ -183,15 +191,11 @@ class MoE(nn.Module):
         """x: [B, T, D], normalised; returns [B, T, D]."""
         flat = x.flatten(0, 1)  # [B * T, D]
         chosen, weights = self.gate(flat, call, record)
-        shared = self.shared_experts
-        if self._is_in_codes(flat):
-            assert not isinstance(self.experts, StoredExperts), "stored experts do not round"
-            routed, own = self.experts.packed(), shared.packed()
-            return experts_of_codes(flat, chosen, weights, routed, own, self.limit, backend=call.backend).view(x.shape)
-        assert not isinstance(self.experts, PackedExperts)
-        if call.places is not None:
-            own = (shared.w1.weight, shared.w2.weight, shared.w3.weight)
+        in_codes, shared = self._is_in_codes(flat), self.shared_experts
+        if in_codes or call.places is not None:
+            own = shared.matrices(in_codes=in_codes)
             return self.experts.run_with_shared(flat, chosen, weights, own, self.limit, call.backend).view(x.shape)
+        assert not isinstance(self.experts, PackedExperts)
         routed = self.experts.run(flat, chosen, weights, self.limit, call.backend)
         return (routed + shared(flat, call)).to(x.dtype).view(x.shape)
 
@@ -200,8 +204,7 @@ class MoE(nn.Module):
 
         The bits of a product of codes are those of the product of their values.
         """
-        if isinstance(self.experts, PackedExperts):
-            return True
-        if isinstance(self.experts, StoredExperts) or self.experts.rounds is None:
-            return False
-        return not wants_gradient(x, self.experts.w1)
+        held = self.experts
+        if isinstance(held, Experts):
+            return held.rounds is not None and not wants_gradient(x, held.w1)
+        return held.kind is not None

@@ -20,6 +20,7 @@ from torch import nn
 
 from dsv4.accounting.tensors import inventory
 from dsv4.config.model import ModelConfig, Storage
+from dsv4.model.expert_store import StoredExperts
 from dsv4.model.linear import Linear, Norm, PackedLinear, quantised
 from dsv4.model.moe import Experts, PackedExperts, Router
 from dsv4.model.transformer import Transformer
@@ -77,11 +78,10 @@ def pack(model: Transformer) -> Transformer:
     def matrix(name: str, module: Linear) -> Packed:
         return quantised(module.weight, "fp8")
 
-    def stack(name: str, module: Experts) -> tuple[Packed, Packed, Packed]:
-        w1, w2, w3 = (quantised(w, "fp4") for w in (module.w1, module.w2, module.w3))
-        return w1, w2, w3
+    def experts(name: str, module: Experts) -> PackedExperts:
+        return PackedExperts(*(quantised(w, "fp4") for w in (module.w1, module.w2, module.w3)))
 
-    replace_maps(model, "fp4", matrix, stack)
+    replace_maps(model, "fp4", matrix, experts)
     for spec in inventory(model.config):
         if spec.dtype == "BF16" and spec.role != "scale":
             _cast(model, spec.name)
@@ -93,16 +93,16 @@ def replace_maps(
     model: Transformer,
     storage: Storage,
     matrix: Callable[[str, Linear], Packed],
-    stack: Callable[[str, Experts], tuple[Packed, Packed, Packed]],
+    experts: Callable[[str, Experts], PackedExperts | StoredExperts],
 ) -> None:
-    """Put codes in the place of every map that ``storage`` quantises: what ``matrix`` and ``stack`` give for a name."""
+    """Put codes in the place of all that ``storage`` quantises: what ``matrix`` and ``experts`` give for a name."""
     config = replace(model.config, storage=storage)
     maps = quantised_maps(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear) and name in maps:
             model.set_submodule(name, PackedLinear(matrix(name, module), has_values=name.endswith(_OF_VALUES)))
         elif isinstance(module, Experts):
-            model.set_submodule(name, PackedExperts(*stack(name, module)))
+            model.set_submodule(name, experts(name, module))
     model.config, model.rounds = config, True
 
 

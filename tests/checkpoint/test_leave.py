@@ -280,7 +280,7 @@ def test_on_the_way_to_an_accelerator_experts_pass_through_pinned_memory(directo
     model.expert_pool.to("meta")
     monkeypatch.setattr(torch.Tensor, "copy_", note)
     (table,) = module.tables({7: 1}, 1)
-    assert [matrix.device.type for matrix in table.matrices[7]] == ["meta"] * 3
+    assert [matrix.device.type for matrix in table.matrices[7].parts] == ["meta"] * 3
     assert module.device.type == "meta"
     assert [shape for shape, _, _ in copied] == [matrix.shape for matrix in wanted]
     assert all(torch.equal(tensor, matrix) for (_, tensor, _), matrix in zip(copied, wanted, strict=True))
@@ -334,7 +334,9 @@ def test_experts_of_two_dtypes_are_an_error(directory):
     save_file(tensors | {name: tensors[name].bfloat16()}, file)
     dsv4.load_model(directory)
     for options in ({"weights": "mapped"}, {"expert_bytes": 30000}):
-        with pytest.raises(ValueError, match="experts are stored as BF16 and F32; expected one dtype for all experts"):
+        with pytest.raises(
+            ValueError, match="experts have weights stored as BF16 and F32; expected one dtype for all experts"
+        ):
             dsv4.load_model(directory, **options)
 
 

@@ -1,12 +1,15 @@
 """``--weights`` and ``--expert-bytes``: the same answers, what a benchmark says of it, and what is refused."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import dsv4
+from dsv4.checkpoint.convert import convert
 from dsv4.cli.main import main
 from dsv4.cli.models import Residence, check_residence
 from dsv4.config.presets import smoke
@@ -111,3 +114,32 @@ def test_an_accelerator_needs_experts_of_its_own(monkeypatch):
     check_residence(Residence(weights="mapped", expert_bytes=10**6))
     with pytest.raises(ValueError, match="--weights mapped is given without --expert-bytes; expected both"):
         check_residence(Residence(weights="mapped"))
+
+
+@pytest.fixture(scope="module")
+def in_codes(directory, tmp_path_factory):
+    """A model as the release is stored, with the same tokenizer."""
+    root, config = tmp_path_factory.mktemp("codes"), smoke()
+    config = replace(config, hidden_size=96, moe=replace(config.moe, expert_dim=64))
+    dsv4.save_model(dsv4.new_model(config, seed=5), root / "float32")
+    convert(root / "float32", root / "instruct", "instruct")
+    shutil.copy(directory / "tokenizer.json", root / "instruct")
+    return root / "instruct"
+
+
+def test_codes_in_files_write_the_same_and_are_counted(in_codes, tmp_path, capsys):
+    slot = 3 * (96 * 64 // 2 + 96 * 64 // 32)
+    options = "--precision", "released", "--weights", "mapped", "--expert-bytes", 5 * slot
+    run("generate", in_codes, *COMMON, "--precision", "released")
+    wanted = capsys.readouterr().out
+    for given in (options[:-2], options):
+        run("generate", in_codes, *COMMON, *given)
+        assert capsys.readouterr().out == wanted
+    file = tmp_path / "results.json"
+    run("bench", "engine", in_codes, "--prompt-tokens", 60, "--output-tokens", 5, "--json", file, *options)
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert (results["precision"], results["weights_are"], results["expert_bytes"]) == ("released", "mapped", 5 * slot)
+    for case in results["cases"]:
+        assert case["expert_bytes_read"] == case["expert_misses"] * slot > 0
+        assert case["expert_pool_bytes"] == 5 * slot
+    assert "Experts" in capsys.readouterr().out

@@ -1,14 +1,19 @@
 """An engine whose experts lie in files says what it says with experts in memory, whatever the pool."""
 
+from dataclasses import replace
+
 import pytest
 
 import dsv4
 from dsv4 import native
+from dsv4.checkpoint.convert import convert
 from dsv4.config.engine import Limits
 from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
+from dsv4.testing.toys import flash_like, toy_model
 
 SLOT = 10560  # bytes of one of the toy's experts
+PACKED_SLOT = 3 * (96 * 64 // 2 + 96 * 64 // 32)  # and of one in FP4, as wide as groups of 32 make it
 GREEDY = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=20)
 # All experts of a chunk at once or in passes, with slots for each layer or fewer, and all of the model's
 POOLS = [None, 1, 3, 7 * 3 + 1, 63]
@@ -19,6 +24,16 @@ def directory(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "toy"
     dsv4.save_model(model, directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A toy as the release is stored, whose widths are whole groups of codes."""
+    root, config = tmp_path_factory.mktemp("released"), flash_like()
+    config = replace(config, hidden_size=96, moe=replace(config.moe, expert_dim=64))
+    dsv4.save_model(toy_model(config), root / "float32")
+    convert(root / "float32", root / "instruct", "instruct")
+    return root / "instruct"
 
 
 def run(model, prompts, limits):
@@ -35,6 +50,21 @@ def test_prefill_and_decode_have_the_bits_of_experts_in_memory(model, prompts, d
     stored = dsv4.load_model(directory, weights="mapped", expert_bytes=None if slots is None else slots * SLOT)
     assert run(stored, prompts, limits) == run(model, prompts, limits)
     assert (stored.expert_pool is None) == (slots is None)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C compiler here")
+@pytest.mark.parametrize("weights", ["mapped", "memory"])
+@pytest.mark.parametrize("slots", [None, 1, 7 * 3 + 1, 63])
+def test_codes_in_files_have_the_bits_of_codes_in_memory(released, prompts, slots, weights):
+    limits = Limits(max_requests=3, step_tokens=64, cache_bytes=10**6, draft_tokens=2)
+    wanted = run(dsv4.load_model(released, "released"), prompts[:2], limits)
+    pool = None if slots is None else slots * PACKED_SLOT
+    stored = dsv4.load_model(released, "released", weights=weights, expert_bytes=pool)
+    assert run(stored, prompts[:2], limits) == wanted
+    if slots is not None:
+        counts = stored.expert_pool.counts
+        assert len(stored.expert_pool.memory) == slots
+        assert counts.bytes_read == counts.misses * PACKED_SLOT > 0
 
 
 def test_a_step_reads_each_expert_once(model, prompts, directory):

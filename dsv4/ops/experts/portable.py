@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from dsv4.ops.experts.store import ExpertStore, Matrices, needed
+from dsv4.ops.experts.store import ExpertStore, Matrices, needed, of_store
 
 ROWS = 64  # an expert's group of many tokens is filled up to a multiple of this
 
@@ -20,28 +20,17 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def experts(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
-    limit: float,
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, routed: Matrices, limit: float
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts``."""
-    return run(x, chosen, weights, w1, w2, w3, limit, ACTIVATION)
+    return run(x, chosen, weights, routed, limit, ACTIVATION)
 
 
 def experts_with_shared(
-    x: torch.Tensor,
-    chosen: torch.Tensor,
-    weights: torch.Tensor,
-    routed: Matrices,
-    shared: Matrices,
-    limit: float,
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, routed: Matrices, shared: Matrices, limit: float
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts.experts_with_shared``."""
-    return join(experts(x, chosen, weights, *routed, limit), x, shared, limit, swiglu)
+    return join(experts(x, chosen, weights, routed, limit), x, shared, limit, swiglu)
 
 
 def stored_experts(
@@ -65,7 +54,7 @@ def join(
     swiglu: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
     """Add the shared expert of x to the result of the routed ones, [T, D], and round once."""
-    w1, w2, w3 = (w.to(x.dtype) for w in shared)
+    w1, w2, w3 = (w.to(x.dtype) for w in shared.parts)
     return (routed + F.linear(swiglu(F.linear(x, w1), F.linear(x, w3), limit), w2)).to(x.dtype)
 
 
@@ -89,14 +78,13 @@ def run(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
+    routed: Matrices,
     limit: float,
     activation: Activation,
 ) -> torch.Tensor:
     """Run the experts with this form of the activation."""
-    return _Experts.apply(x, weights, w1, w2, w3, _group(chosen.flatten(), w1.shape[0]), limit, activation)
+    groups = _group(chosen.flatten(), len(routed.parts[0]))
+    return _Experts.apply(x, weights, *routed.parts, groups, limit, activation)
 
 
 @torch.no_grad()
@@ -113,9 +101,8 @@ def run_stored(
     counts = needed(chosen, E)
     groups = _group(chosen.flatten(), E)
     slots, spans = _gather(x, weights, groups, F_), dict(groups.spans)
-    for table in store.tables(counts, len(x)):
-        for expert in counts.keys() & table.matrices.keys():
-            _run_expert(slots, spans[expert], table.matrices[expert], limit, activation)
+    for expert, matrices in of_store(store, counts, len(x)):
+        _run_expert(slots, spans[expert], matrices.parts, limit, activation)
     return _sum_choices(slots.y, groups.places, weights.shape[1], slots.weight.dtype)
 
 
@@ -173,7 +160,9 @@ def _gather(x: torch.Tensor, weights: torch.Tensor, groups: _Groups, expert_dim:
     return _Slots(rows, weight, gate, up, torch.empty_like(rows))
 
 
-def _run_expert(slots: _Slots, now: slice, matrices: Matrices, limit: float, activation: Activation) -> None:
+def _run_expert(
+    slots: _Slots, now: slice, matrices: tuple[torch.Tensor, ...], limit: float, activation: Activation
+) -> None:
     """Fill in gate, up and y of one expert's rows."""
     rows, gate, up = slots.x[now], slots.gate[now], slots.up[now]
     w1, w2, w3 = (w.to(rows.dtype).T for w in matrices)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv4.ops.backend import Backend, resolve
+from dsv4.ops.experts.store import Matrices
 from dsv4.ops.lowbit import round_rows
 
 
@@ -18,15 +19,14 @@ def rounded_experts(
     x: torch.Tensor,
     chosen: torch.Tensor,
     weights: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
+    routed: Matrices,
     limit: float,
     backend: Backend,
 ) -> torch.Tensor:
     """See ``dsv4.ops.experts.rounded_experts``."""
     rounding = "reference" if backend == "reference" else resolve("auto", x.device)
     rows = round_rows(x, backend=rounding)
+    w1, w2, w3 = routed.parts
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in chosen.unique().tolist():
         token, choice = (chosen == expert).nonzero(as_tuple=True)

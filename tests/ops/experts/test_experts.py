@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv4.ops.experts import experts, portable, swiglu
+from dsv4.ops.experts.store import Matrices
 from dsv4.testing.compare import assert_backends_agree, assert_repeatable, evaluate, relative_distance
 from dsv4.testing.memory import saved_elements
 
@@ -35,7 +36,7 @@ def case(T, A, E, D, F):
 
 def operation(chosen, limit=LIMIT):
     def run(x, weights, w1, w2, w3, backend="portable"):
-        return experts(x, chosen, weights, w1, w2, w3, limit, backend=backend)
+        return experts(x, chosen, weights, Matrices((w1, w2, w3)), limit, backend=backend)
 
     return run
 
@@ -267,15 +268,21 @@ X, CHOSEN, WEIGHTS, W1, W2 = (
         ({"x": X[0]}, r"x has shape \[4\]; expected \[T, D\]"),
         ({"chosen": CHOSEN[:2]}, r"chosen has shape \[2, 2\]; expected \[T, A\] with T = 3 \(from x\)"),
         ({"weights": WEIGHTS[:, :1]}, r"weights has shape \[3, 1\]; expected \[T, A\] with .*A = 2 \(from chosen\)"),
-        ({"w1": W2}, r"w1 has shape \[6, 4, 5\]; expected \[E, F, D\] with D = 4"),
-        ({"w3": W1[:5]}, r"w3 has shape \[5, 5, 4\]; expected \[E, F, D\] with E = 6 \(from w1\)"),
-        ({"w2": W1}, r"w2 has shape \[6, 5, 4\]; expected \[E, D, F\] with .*D = 4 \(from x\), F = 5 \(from w1\)"),
+        ({"routed": Matrices((W2, W2, W1))}, r"w1 has shape \[6, 4, 5\]; expected \[E, F, D\] with D = 4"),
+        (
+            {"routed": Matrices((W1, W2, W1[:5]))},
+            r"w3 has shape \[5, 5, 4\]; expected \[E, F, D\] with E = 6 \(from w1\)",
+        ),
+        (
+            {"routed": Matrices((W1, W1, W1))},
+            r"w2 has shape \[6, 5, 4\]; expected \[E, D, F\] with .*D = 4 \(from x\), F = 5 \(from w1\)",
+        ),
         ({"chosen": CHOSEN.int()}, r"chosen has dtype torch\.int32; expected torch\.int64"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of reference, portable"),
     ],
 )
 def test_what_does_not_fit_is_an_error(changed, message):
-    fitting = {"x": X, "chosen": CHOSEN, "weights": WEIGHTS, "w1": W1, "w2": W2, "w3": W1, "limit": LIMIT}
+    fitting = {"x": X, "chosen": CHOSEN, "weights": WEIGHTS, "routed": Matrices((W1, W2, W1)), "limit": LIMIT}
     with pytest.raises(ValueError, match=message):
         experts(**fitting | changed)
 

@@ -5,6 +5,7 @@ import torch
 
 from dsv4 import native
 from dsv4.ops.experts import experts, experts_with_shared, portable, swiglu
+from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear
 from dsv4.testing.compare import assert_backends_agree, relative_distance
 
@@ -28,8 +29,8 @@ def case(T, A, E, D, F, types=(torch.float32, torch.float32)):
 
 def run(tokens, routed, shared=None, backend="native"):
     if shared is None:
-        return experts(*tokens, *routed, LIMIT, fixed_order=True, backend=backend)
-    return experts_with_shared(*tokens, routed, shared, LIMIT, backend=backend)
+        return experts(*tokens, Matrices(tuple(routed)), LIMIT, fixed_order=True, backend=backend)
+    return experts_with_shared(*tokens, Matrices(tuple(routed)), Matrices(tuple(shared)), LIMIT, backend=backend)
 
 
 @pytest.fixture
@@ -177,7 +178,9 @@ def test_backends_agree(T):
     (x, chosen, weights), routed, shared = case(T, A=2, E=4, D=6, F=5)
 
     def operation(x, weights, w1, w2, w3, s1, s2, s3, backend):
-        return experts_with_shared(x, chosen, weights, (w1, w2, w3), (s1, s2, s3), LIMIT, backend=backend)
+        return experts_with_shared(
+            x, chosen, weights, Matrices((w1, w2, w3)), Matrices((s1, s2, s3)), LIMIT, backend=backend
+        )
 
     names = ("x", "weights", "w1", "w2", "w3", "s1", "s2", "s3")
     given = zip(names, (x, weights, *routed, *shared), strict=True)
@@ -196,7 +199,7 @@ def test_the_shared_expert_is_one_that_every_token_chooses(backend):
     stacks = [torch.cat([w, one[None]]) for w, one in zip(routed, shared, strict=True)]
     all_chosen = torch.cat([chosen, torch.full((7, 1), 4)], dim=1)
     all_weights = torch.cat([weights, torch.ones(7, 1, dtype=torch.float64)], dim=1)
-    wanted = experts(x, all_chosen, all_weights, *stacks, LIMIT, fixed_order=True, backend=backend)
+    wanted = experts(x, all_chosen, all_weights, Matrices(tuple(stacks)), LIMIT, fixed_order=True, backend=backend)
     torch.testing.assert_close(run((x, chosen, weights), routed, shared, backend), wanted)
 
 

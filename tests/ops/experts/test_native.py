@@ -5,6 +5,7 @@ import torch
 
 from dsv4 import native
 from dsv4.ops.experts import experts, swiglu
+from dsv4.ops.experts.store import Matrices
 from dsv4.testing.compare import assert_kernels_agree
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -41,9 +42,8 @@ def test_experts(sizes):
     chosen = torch.rand(T, E).argsort(dim=1)[:, :A]
 
     def run(backend, **leaves):
-        return experts(
-            leaves["x"], chosen, leaves["weights"], leaves["w1"], leaves["w2"], leaves["w3"], 1.5, backend=backend
-        )
+        routed = Matrices((leaves["w1"], leaves["w2"], leaves["w3"]))
+        return experts(leaves["x"], chosen, leaves["weights"], routed, 1.5, backend=backend)
 
     given = {"x": torch.randn(T, D), "weights": torch.rand(T, A)}
     matrices = {"w1": torch.randn(E, F, D), "w2": torch.randn(E, D, F), "w3": torch.randn(E, F, D)}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dsv4.ops.experts import experts_of_codes, rounded_experts
+from dsv4.ops.experts import experts_with_shared, rounded_experts
+from dsv4.ops.experts.store import Matrices
 from dsv4.ops.lowbit import dequantise, quantise_blocks, quantise_fp4, round_rows
 
 T, A, E, D, F, LIMIT = 11, 2, 5, 160, 96, 1.5
@@ -24,10 +25,10 @@ def given():
 def test_values_are_those_of_the_codes(given, quantise, backend):
     x, chosen, weights, matrices = given
     codes = tuple(quantise(w) for w in matrices)
-    values = [dequantise(w, torch.float32) for w in codes]
-    shared = tuple(quantise_blocks(torch.zeros(w.shape[1:])) for w in matrices)  # adds nothing
-    found = rounded_experts(x, chosen, weights, *values, LIMIT, backend=backend)
-    wanted = experts_of_codes(x, chosen, weights, codes, shared, LIMIT)
+    values = Matrices(tuple(dequantise(w, torch.float32) for w in codes))
+    shared = Matrices.of_codes(*(quantise_blocks(torch.zeros(w.shape[1:])) for w in matrices))  # adds nothing
+    found = rounded_experts(x, chosen, weights, values, LIMIT, backend=backend)
+    wanted = experts_with_shared(x, chosen, weights, Matrices.of_codes(*codes), shared, LIMIT)
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)  # a hidden row near a tie rounds the other way
     assert (found - wanted).abs().mean() < 1e-3
 
@@ -53,7 +54,11 @@ def test_gradients_pass_straight_through(given):
     x, chosen, weights, matrices = given
     cotangent = torch.randn(T, D, generator=torch.Generator().manual_seed(6))
     results = []
-    for run, dtype in ((lambda *a: rounded_experts(*a, LIMIT), torch.float32), (by_loops, torch.float64)):
+
+    def ours(x, chosen, weights, *routed):
+        return rounded_experts(x, chosen, weights, Matrices(routed), LIMIT)
+
+    for run, dtype in ((ours, torch.float32), (by_loops, torch.float64)):
         leaves = [v.detach().to(dtype).requires_grad_() for v in (x, weights, *matrices)]
         out = run(leaves[0], chosen, leaves[1], *leaves[2:])
         results.append((out, torch.autograd.grad((out * cotangent.to(dtype)).sum(), leaves)))

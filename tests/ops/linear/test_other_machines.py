@@ -10,6 +10,7 @@ import torch
 
 from dsv4 import native
 from dsv4.ops.experts import experts
+from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear, linear_groups
 from dsv4.testing.compare import relative_distance
 
@@ -81,7 +82,7 @@ def test_types_meet_as_if_converted_first(other):
 def test_experts(other, types):
     x, chosen, weights = torch.randn(40, 24), torch.rand(40, 6).argsort(dim=1)[:, :3], torch.rand(40, 3)
     w1, w2, w3 = torch.randn(6, 17, 24), torch.randn(6, 24, 17), torch.randn(6, 17, 24)
-    given = x.to(types[0]), chosen, weights, *(w.to(types[1]) for w in (w1, w2, w3)), 1.5
+    given = x.to(types[0]), chosen, weights, Matrices(tuple(w.to(types[1]) for w in (w1, w2, w3))), 1.5
 
     def run(rows=slice(0, 40)):
         return experts(*(value[rows] for value in given[:3]), *given[3:], fixed_order=True, backend="native")
