@@ -10,9 +10,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from dsv4.cli.bench_setup import (
     DEFAULTS,
@@ -31,6 +29,7 @@ from dsv4.cli.serve import require_packages
 from dsv4.config.engine import Limits
 from dsv4.config.sampling import Sampling
 from dsv4.config.serve import ServeOptions
+from dsv4.train.words import plural
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from dsv4.serve.service import Service
 
 NAME, PATH = "bench", "/v1/chat/completions"
+LEAST_PROMPT = 16  # tokens: what stands around a text, and some letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -64,8 +64,10 @@ def bench_serve(
     """
     require_packages()
     config = model_config(model)
-    values = {"prompt-tokens": prompt_tokens - 8, "output-tokens": output_tokens - 1, "rounds": rounds,
-              "concurrency": min(concurrency, default=0)}  # fmt: skip
+    values = {"rounds": rounds, "concurrency": min(concurrency, default=0)}
+    for name, value, least in (("prompt", prompt_tokens, LEAST_PROMPT), ("output", output_tokens, 2)):
+        if value < least:
+            raise ValueError(f"--{name}-tokens is {value}; expected at least {least}")
     check_options(options, at_least_one=values, config=config, longest=prompt_tokens + output_tokens)
     console = notes()
     with console.status("preparing"):
@@ -206,19 +208,16 @@ def _summary(streams: int, output_tokens: int, bare: list[Measured], served: lis
 
 
 def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("streams", "first token, engine", "server", "a token, engine", "server ", "tokens/s, engine",
-                 " server", "added to the first", "throughput"):  # fmt: skip
-        table.add_column(name, justify="right")
-    for case in found:
-        engine, server = case["engine"], case["server"]
-        table.add_row(
-            str(case["streams"]), f"{engine['first_token_ms']:.1f} ms", f"{server['first_token_ms']:.1f} ms",
-            f"{engine['token_ms']:.2f} ms", f"{server['token_ms']:.2f} ms", f"{engine['tokens_per_second']:,.1f}",
-            f"{server['tokens_per_second']:,.1f}", f"{case['added_to_first_token_ms']:+.1f} ms",
-            f"{case['throughput_ratio']:.3f}",
-        )  # fmt: skip
     console = Console(highlight=False, soft_wrap=True)
     console.print(describe(results))
-    console.print(table)
-    console.print("medians of rounds; the last two are of pairs of rounds, one right after the other")
+    console.print(
+        f"prompts of {results['prompt_tokens']} tokens, answers of {results['output_tokens']}; medians of rounds"
+    )
+    for case in found:
+        engine, server = case["engine"], case["server"]
+        console.print(
+            f"{plural(case['streams'], 'stream')}: first token {server['first_token_ms']:.1f} ms, "
+            f"{case['added_to_first_token_ms']:+.1f} ms to the engine's; a token {server['token_ms']:.2f} ms, the engine's "
+            f"{engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, {case['throughput_ratio']:.3f} of the "
+            "engine's"
+        )
