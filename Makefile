@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check demo ablations recall qat-study bench-cpu bench-train bench-engine bench-context bench-released numbers golden clean
+.PHONY: test check browser demo demo-chat ablations recall qat-study bench-cpu bench-train bench-engine bench-context \
+	bench-released bench-serve soak numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -13,12 +14,19 @@ check: .venv/ready  ## format, lint, types, import directions
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+browser:  ## Chromium, with which the tests of the chat page run; where it cannot be had they are skipped, and say so
+	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
+
 RUN ?= runs/demo
 DATA ?= stdlib
 demo: .venv/ready  ## train nano through the whole schedule in about five minutes, then let it write
 	$(BIN)/dsv4 train demo --run $(RUN) --data.source $(DATA)
 	$(BIN)/dsv4 report $(RUN)
 	$(BIN)/dsv4 generate $(RUN) --prompt 'def '
+
+demo-chat: .venv/ready  ## teach the demo's model to talk, call tools and write JSON; then ask it what it was not taught
+	$(BIN)/dsv4 train chat --run runs/chat --init $(RUN)/model
+	$(BIN)/dsv4 eval chat runs/chat
 
 numbers: .venv/ready  ## docs/numbers.md, from the configs
 	$(BIN)/python bench/model_numbers.py > docs/numbers.md.new
@@ -43,7 +51,7 @@ ablations: .venv/ready  ## seven variants of a tiny model, three seeds each; abo
 recall: .venv/ready  ## does the sparse model find what it was told 8192 tokens ago, and a windowed one not? six minutes
 	$(BIN)/python bench/recall.py --json bench/results/recall.json --plot docs/recall.svg
 
-qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training with it wins back; 17 minutes
+qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training with it wins back; under half an hour
 	$(BIN)/python bench/qat_study.py --json bench/results/qat_study.json --plot docs/qat.svg
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
@@ -54,6 +62,12 @@ bench-engine: .venv/ready  ## the engine on 246M parameters: prefill, decode, ti
 
 bench-released: .venv/ready  ## decoding from FP4 and FP8 codes against bfloat16; one minute
 	$(BIN)/python bench/released_cpu.py
+
+bench-serve: .venv/ready  ## what the server adds to the engine's times, at 1, 8 and 64 streams; five minutes
+	$(BIN)/dsv4 bench serve --json bench/results/serve_cpu.json
+
+soak: .venv/ready  ## 200 streams at once with random cancellations for ten minutes: does anything leak?
+	$(BIN)/python bench/serve_soak.py --minutes 10 --json bench/results/serve_soak.json
 
 bench-context: .venv/ready  ## a sequence from 4K to a million tokens, beside dense attention; five minutes
 	$(BIN)/dsv4 bench context --cache-format packed --decode-tokens 256 --json bench/results/context_cpu.json \

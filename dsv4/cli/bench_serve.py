@@ -217,7 +217,7 @@ def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
         engine, server = case["engine"], case["server"]
         console.print(
             f"{plural(case['streams'], 'stream')}: first token {server['first_token_ms']:.1f} ms, "
-            f"{case['added_to_first_token_ms']:+.1f} ms to the engine's; a token {server['token_ms']:.2f} ms, the engine's "
-            f"{engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, {case['throughput_ratio']:.3f} of the "
-            "engine's"
+            f"{case['added_to_first_token_ms']:+.1f} to the engine's; a token {server['token_ms']:.2f} ms, "
+            f"the engine's {engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, "
+            f"{case['throughput_ratio']:.3f} of the engine's"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

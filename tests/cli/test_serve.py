@@ -41,7 +41,8 @@ def test_it_answers_until_it_is_stopped(run):
             answer = client.post("/v1/chat/completions", json=ask).json()
             assert answer["usage"]["completion_tokens"] <= 5
             assert answer["choices"][0]["finish_reason"] in ("length", "stop")
-            assert 'dsv4_http_requests_total{path="/v1/chat/completions",status="200"} 1.0' in client.get("/metrics").text
+            counted = 'dsv4_http_requests_total{path="/v1/chat/completions",status="200"} 1.0'
+            assert counted in client.get("/metrics").text
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(60) == 0
