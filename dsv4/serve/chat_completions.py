@@ -122,6 +122,7 @@ class ChatRequest(Loose):
     chat_template_kwargs: TemplateOptions | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -153,6 +154,7 @@ def turn_of(request: ChatRequest, *, thinks_by_default: bool = True) -> Turn:
     return Turn(
         messages=tuple(_message(one, i == len(request.messages) - 1) for i, one in enumerate(request.messages)),
         tools=tools, tool_choice=check_choice(_choice(request), tools), thinking=thinking, effort=effort,
+        one_call=not request.parallel_tool_calls,
         answer=_format(request.response_format), stop=stops_of(request.stop),
         user=request.user_id or request.user or "",
         sampling=sampling_of(

@@ -40,9 +40,8 @@ def test_thinking_and_content_come_apart(http, says):
     asked = says("It is May.</think>Fine, I **think**.")
     answer = http("POST", "/v1/chat/completions", json=ASK).json()
     (choice,) = answer["choices"]
-    assert choice["message"] == {
-        "role": "assistant", "content": "Fine, I **think**.", "reasoning_content": "It is May.", "reasoning": "It is May.",
-    }  # fmt: skip
+    thought = {"reasoning_content": "It is May.", "reasoning": "It is May."}
+    assert choice["message"] == {"role": "assistant", "content": "Fine, I **think**.", **thought}
     assert (choice["finish_reason"], choice["index"], choice["logprobs"]) == ("stop", 0, None)
     assert (answer["object"], answer["model"]) == ("chat.completion", "toy")
     assert asked[0]["prompt"].endswith("Berlin?<\uff5cAssistant\uff5c><think>")
@@ -153,6 +152,16 @@ def test_text_of_a_user_is_never_a_token_of_the_model(http, says, service):
     special = {service.tokenizer.token_to_id(t) for t in ("</think>", "<\uff5cAssistant\uff5c>", DSML)}
     assert sum(token in special for token in asked[0]) == 1  # the one that the template writes
     assert stream is not None
+
+
+def test_one_call_at_a_time_if_that_is_asked(http, says):
+    second = f'<{DSML}invoke name="weather">\n\n</{DSML}invoke>\n'
+    says(CALL.replace(f"</{DSML}tool_calls>", f"{second}</{DSML}tool_calls>"))
+    for parallel in (True, False):
+        given = {**ASK, "tools": [WEATHER], "parallel_tool_calls": parallel, "thinking": {"type": "disabled"}}
+        (choice,) = http("POST", "/v1/chat/completions", json=given).json()["choices"]
+        assert len(choice["message"]["tool_calls"]) == 1 + parallel
+        assert choice["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("given", [{}, {"tools": [WEATHER], "tool_choice": "none"}])
