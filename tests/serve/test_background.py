@@ -300,6 +300,21 @@ def test_there_is_an_end_to_how_many_run(service, force):
     asyncio.run(run())
 
 
+def test_a_stopped_server_makes_no_more_steps(service, force):
+    """Also where the loop goes on: what made the steps is ended, and does not fail for want of a thread."""
+    force(service, "</think>And so on, again and again", pause=0.02)
+
+    async def run():
+        async with serving(service) as background:
+            await background.add(request_of(), key="", id=new_id(1), created=1)
+            await until(lambda: background._runs[new_id(1)].status == "in_progress")
+        driver = service.engine._streams._driver
+        await asyncio.wait([driver])
+        assert driver.cancelled()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("has_log", [True, False], ids=["log", "no log"])
 def test_a_stopped_server_goes_on_where_it_was(make, state, has_log):
     """One that ran, and one that waited; with the log from where they were, without it from the beginning."""
@@ -363,6 +378,23 @@ def test_a_seed_is_chosen_once(make, state):
             return await run(background)
 
     assert asyncio.run(second()) == found
+
+
+def test_a_prompt_is_made_once(make, state):
+    """What was put back into it is not known any more when the server starts again."""
+    service, prompt = make(), [0, 5, 9, 7]
+    Records(state / "responses").write(
+        Record(id=new_id(1), key="", created=1, request=asked(), prompt_ids=prompt, seed=3)
+    )
+
+    async def run():
+        async with serving(service) as background:
+            await until(lambda: not service.engine.is_idle)
+            assert logged(state)[new_id(1)].prompt_ids == prompt
+            return await ended(background, new_id(1))
+
+    found = asyncio.run(run())
+    assert (found["status"], found["usage"]["input_tokens"]) == ("completed", len(prompt))
 
 
 def test_an_end_is_not_told_before_it_is_stored(service, monkeypatch):
