@@ -1,14 +1,16 @@
 """Quantisation-aware training of nano: what rounding to FP4 and FP8 costs, and what training with it wins back.
 
     plain        trained in bfloat16, validated in bfloat16
-    rounded      the same weights, rounded after training
-    qat          from the same checkpoint on trained with rounding, for as many steps on the same data, and rounded
+    rounded      the same weights, rounded after training as the released model is: experts to FP4, the rest to FP8
+    qat          from the same checkpoint on trained with that rounding, for as many steps on the same data, and rounded
+    rounded_fp8  as rounded, all linear maps to FP8
+    fp8          as qat, in FP8
 
-Each seed trains one base; two continuations of equal length begin at its checkpoint, one plain, one in FP4, so that
-they differ in nothing else. A model of the second one's codes alone must give its loss to the bit. The indexer's recall
-is the share of the entries that it picks in bfloat16 which it picks with its queries and keys in FP4, too, at the same
-inputs. ``make qat-study`` runs three seeds at a time with a thread each, and writes ``bench/results/qat_study.json``
-and ``docs/qat.svg``; ``--table`` prints the tables of docs/quantisation.md from it.
+Each seed trains one base; three continuations of equal length begin at its checkpoint, one plain, one in FP4, one in
+FP8, so that they differ in nothing else. A model of the second one's codes alone must give its loss to the bit. The
+indexer's recall is the share of the entries that it picks in bfloat16 which it picks with its queries and keys in FP4,
+too, at the same inputs. ``make qat-study`` runs three seeds at a time with a thread each, and writes
+``bench/results/qat_study.json`` and ``docs/qat.svg``; ``--table`` prints the tables of docs/quantisation.md from it.
 """
 
 from __future__ import annotations
@@ -58,7 +60,10 @@ LOSSES = (
     ("plain", "plain, in bfloat16"),
     ("rounded", "plain, rounded after training"),
     ("qat", "QAT, rounded"),
+    ("rounded_fp8", "plain, rounded to FP8 after training"),
+    ("fp8", "trained in FP8"),
 )
+BRANCHES: tuple[tuple[str, Precision], ...] = (("qat", "fp4"), ("fp8", "fp8"))
 
 
 def recipe(seed: int, precision: Precision, scale: float = 1.0) -> TrainConfig:
@@ -91,22 +96,26 @@ def recipe(seed: int, precision: Precision, scale: float = 1.0) -> TrainConfig:
 
 
 def run(seed: int, scale: float, directory: Path) -> dict[str, Any]:
-    """Train the base and both continuations of a seed; return losses, the curve about the switch, and recalls."""
+    """Train the base and the continuations of a seed; return losses, the curve about the switch, and recalls."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    plain_run, qat_run = (directory / f"{name}-{seed}" for name in ("plain", "qat"))
-    for old in (plain_run, qat_run):
+    folders = {name: directory / f"{name}-{seed}" for name in ("plain", *(name for name, _ in BRANCHES))}
+    for old in folders.values():
         shutil.rmtree(old, ignore_errors=True)
+    plain_run = folders["plain"]
     shutil.copytree(directory / "data", plain_run / "data")
     plain = trainer(recipe(seed, "plain", scale), plain_run, resume=False)
     plain.train()
     (switch,) = [r["step"] for r in read(plain_run / "metrics.jsonl") if r["kind"] == "phase" and r["phase"] == LAST]
 
-    shutil.copytree(plain_run, qat_run)
-    qat = trainer(recipe(seed, "fp4", scale), qat_run, resume=True)
-    (base,) = [c.path for c in list_checkpoints(qat.checkpoints) if c.step == switch]
-    qat.resume(base)
-    qat.train()
+    branches = {}
+    for name, precision in BRANCHES:
+        shutil.copytree(plain_run, folders[name])
+        branch = trainer(recipe(seed, precision, scale), folders[name], resume=True)
+        (base,) = [c.path for c in list_checkpoints(branch.checkpoints) if c.step == switch]
+        branch.resume(base)
+        branch.train()
+        branches[name] = branch.model
 
     validation = plain.parts.validation(SEQUENCE)
     return {
@@ -115,16 +124,16 @@ def run(seed: int, scale: float, directory: Path) -> dict[str, Any]:
         "tokens": plain.position.tokens,
         "steps_after_switch": plain.position.step - switch,
         "base": last_of(plain_run, "validation", switch),
-        **losses(plain.model, qat.model, validation),
+        **losses(plain.model, branches["qat"], branches["fp8"], validation),
         "curve": {
             name: [[r["step"] - switch, r["loss"]] for r in steps_of(folder) if r["step"] > switch - STEPS_SHOWN]
-            for name, folder in (("plain", plain_run), ("qat", qat_run))
+            for name, folder in folders.items()
         },
         "seconds_per_step": {
             name: mean(r["seconds"] for r in steps_of(folder) if r["step"] > switch)
-            for name, folder in (("plain", plain_run), ("qat", qat_run))
+            for name, folder in folders.items()
         },
-        "recall": {"plain": recall(plain.model, validation), "qat": recall(qat.model, validation)},
+        "recall": {"plain": recall(plain.model, validation), "qat": recall(branches["qat"], validation)},
     }
 
 
@@ -149,8 +158,10 @@ def last_of(folder: Path, kind: str, step: int) -> dict[str, float]:
     return {name: found[name] for name in ("loss", "bits_per_byte")}
 
 
-def losses(plain: Transformer, qat: Transformer, validation: Sequence[Batch]) -> dict[str, dict[str, float]]:
-    """Validate both models with and without rounding, and the codes of the second one, which must change no bit."""
+def losses(
+    plain: Transformer, qat: Transformer, fp8: Transformer, validation: Sequence[Batch]
+) -> dict[str, dict[str, float]]:
+    """Validate the models with and without rounding, and the codes of the second one, which must change no bit."""
 
     def loss(model: Transformer) -> dict[str, float]:
         found, bits = bits_per_byte(model, validation, dense=False)
@@ -160,6 +171,7 @@ def losses(plain: Transformer, qat: Transformer, validation: Sequence[Batch]) ->
     result = {}
     cases: tuple[tuple[str, Transformer, Rounding], ...] = (
         ("plain", plain, "none"), ("rounded", plain, "fp4"), ("qat_unrounded", qat, "none"), ("qat", qat, "fp4"),
+        ("rounded_fp8", plain, "fp8"), ("fp8_unrounded", fp8, "none"), ("fp8", fp8, "fp8"),
     )  # fmt: skip
     for name, model, rounding in cases:
         set_rounding(model, rounding)
@@ -272,18 +284,20 @@ def table(report: dict[str, Any]) -> str:
 
 def at_switch(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     """How much larger the loss is with rounding on the very same batch and weights, beside what batches scatter."""
-    first, later, scatter = [], [], []
+    found, scatter = {}, []
+    for key, name in (("qat", "FP4"), ("fp8", "FP8")):
+        first, later = [], []
+        for r in runs:
+            plain, rounded = (dict(r["curve"][curve]) for curve in ("plain", key))
+            steps = sorted(step for step in plain if step > 0)
+            first.append(rounded[1] - plain[1])
+            later.append(mean(rounded[s] - plain[s] for s in steps[-10:]))
+        found[f"first step in {name}, above the same step without"] = spread(first, 4)
+        found[f"last ten steps in {name}, above the same steps without"] = spread(later, 4)
     for r in runs:
-        plain, qat = (dict(r["curve"][name]) for name in ("plain", "qat"))
-        steps = sorted(step for step in plain if step > 0)
-        first.append(qat[1] - plain[1])
-        later.append(mean(qat[s] - plain[s] for s in steps[-10:]))
-        scatter.append(stdev(loss for step, loss in plain.items() if -10 < step <= 0))
-    return {
-        "first step with rounding, above the same step without": spread(first, 4),
-        "last ten steps, above the same steps without": spread(later, 4),
-        "standard deviation of the ten steps before the switch": f"{min(scatter):.2f} to {max(scatter):.2f}",
-    }
+        scatter.append(stdev(loss for step, loss in r["curve"]["plain"] if -10 < step <= 0))
+    found["standard deviation of the ten steps before the switch"] = f"{min(scatter):.2f} to {max(scatter):.2f}"
+    return found
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -296,7 +310,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure = new_figure()
     left, middle, right = figure.subplots(1, 3)
     colors = list(COLORS.values())
-    names = ["plain,\nbfloat16", "plain,\nrounded", "QAT,\nrounded"]
+    names = ["plain,\nbfloat16", "plain,\nrounded", "QAT,\nrounded", "plain,\nin FP8", "trained\nin FP8"]
     for r, color in zip(report["runs"], colors, strict=False):
         label = f"seed {r['seed']}"
         points(left, names, [r[key]["bits_per_byte"] for key, _ in LOSSES], color, label)
