@@ -130,8 +130,7 @@ def run(seed: int, scale: float, directory: Path) -> dict[str, Any]:
             for name, folder in folders.items()
         },
         "seconds_per_step": {
-            name: mean(r["seconds"] for r in steps_of(folder) if r["step"] > switch)
-            for name, folder in folders.items()
+            name: mean(r["seconds"] for r in steps_of(folder) if r["step"] > switch) for name, folder in folders.items()
         },
         "recall": {"plain": recall(plain.model, validation), "qat": recall(branches["qat"], validation)},
     }

@@ -12,11 +12,14 @@ import tyro
 from rich.console import Console
 
 from dsv4.cli.bench import bench
+from dsv4.cli.chat import chat
 from dsv4.cli.convert import convert
 from dsv4.cli.efficiency import efficiency
+from dsv4.cli.evaluate import evaluate
 from dsv4.cli.generate import generate
 from dsv4.cli.inspect import inspect
 from dsv4.cli.report import report
+from dsv4.cli.serve import serve
 from dsv4.cli.synth import synth
 from dsv4.cli.train import train
 
@@ -26,14 +29,21 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "report": report,
     "generate": generate,
+    "serve": serve,
+    "chat": chat,
     "synth": synth,
     "bench": bench,
+    "eval": evaluate,
     "convert": convert,
 }
 
-OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "bench": bench}
+OWN_ARGUMENTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "bench": bench,
+    "eval": evaluate,
+}
 """Verbs that read their arguments themselves: the options of ``train`` are the fields of the recipe that it names, and
-``bench`` has verbs of its own."""
+``bench`` and ``eval`` have verbs of their own."""
 
 USER_ERROR = 2  # exit code; tyro's own for a wrong option is 2 as well
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from dsv4.config.checks import below, is_number, not_flag, not_path, outside_whole, refuse
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class ServeOptions:
         problems += not_path("serve.key_file", self.key_file)
         problems += not_path("serve.state", self.state)
         problems += not_flag("serve.logs_prompts", self.logs_prompts)
+        problems += _not_origins(self.cors_origins)
         refuse(problems or self._open_to_all())
 
     def _open_to_all(self) -> list[str]:
@@ -62,6 +66,16 @@ class ServeOptions:
             f"serve.host is {self.host!r} without a key_file; expected one with API keys, or an address of this "
             "machine alone such as 127.0.0.1"
         ]
+
+
+def _not_origins(value: object) -> list[str]:
+    if not isinstance(value, tuple):
+        return [f"serve.cors_origins is {value!r}; expected a tuple of origins"]
+    return [
+        f"serve.cors_origins holds {one!r}; expected an origin as browsers send it, such as https://example.com, or *"
+        for one in value
+        if not isinstance(one, str) or (one != "*" and ORIGIN.fullmatch(one) is None)
+    ]
 
 
 def is_loopback(host: str) -> bool:

@@ -13,27 +13,35 @@ Train = Literal["all", "indexer"]
 AttentionMode = Literal["dense", "sparse"]
 Precision = Literal["plain", "fp8", "fp4"]
 
+CONVERSATIONS = "conversations"  # the source that is made here
+TRAIN = "train"  # the value of data.tokenizer that asks for a new one
+INIT = "init"  # the tokenizer of the model that a run starts from
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where text comes from and how it becomes rows of tokens."""
 
     source: str
-    """``stdlib`` (the Python standard library of this machine), a folder, a .jsonl or a .parquet file."""
+    """``stdlib`` (the Python standard library of this machine), a folder, a .jsonl or a .parquet file; or
+    ``conversations``, made here, in which only what the assistant writes is predicted."""
     text_field: str
     """The field that holds a document's text in JSONL and Parquet."""
     bad_files: Literal["error", "skip"]
     """What to do with a file that is binary or not UTF-8. Ours."""
     tokenizer: str
-    """``train`` (a byte-level BPE of the model's vocabulary size), a tokenizer.json, or ``deepseek-v4``."""
+    """``train`` (a byte-level BPE of the model's vocabulary size), a tokenizer.json, ``deepseek-v4``, or ``init`` (that
+    of the model the run starts from)."""
     validation_fraction: float
-    """Share of documents, chosen by hash, that is never trained on. Ours."""
+    """Share of documents, chosen by hash, that is never trained on; of conversations, share of their facts. Ours."""
     fim_rate: float
     """Share of documents turned into fill-in-the-middle (prefix, suffix, middle). V3: 0.1."""
     split_rate: float
     """Share of tokens that join punctuation and line breaks which are split into their parts. V3 gives no number."""
     pack_buffer: int
     """Documents among which best-fit packing looks for the one that fills a row. Ours."""
+    num_conversations: int = 0
+    """How many are made where the source is ``conversations``. Ours."""
 
     def __post_init__(self) -> None:
         problems = _outside("data.validation_fraction", self.validation_fraction, 0, 0.5)
@@ -41,7 +49,24 @@ class DataConfig:
         problems += _outside("data.split_rate", self.split_rate, 0, 1)
         problems += _below("data.pack_buffer", self.pack_buffer, 1)
         problems += _not_one_of("data.bad_files", self.bad_files, ("error", "skip"))
+        if self.has_conversations:
+            problems += _below("data.num_conversations", self.num_conversations, 1)
+            if self.tokenizer == TRAIN:
+                problems.append(f"data.tokenizer is {TRAIN!r}; expected one that is there: conversations train none")
+            for name in ("fim_rate", "split_rate"):
+                if getattr(self, name) > 0:
+                    problems.append(
+                        f"data.{name} is {getattr(self, name)}; expected 0: a conversation is trained on as it is asked"
+                    )
+        elif self.num_conversations:
+            problems.append(
+                f"data.num_conversations is {self.num_conversations}; expected 0: data.source is {self.source!r}"
+            )
         _refuse(problems)
+
+    @property
+    def has_conversations(self) -> bool:
+        return self.source == CONVERSATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +269,8 @@ class TrainConfig:
     run: RunConfig
     phases: tuple[Phase, ...]
     """The schedule, in order."""
+    init: str = ""
+    """The folder of a model whose weights the run starts from, with its tokenizer.json; empty for random ones. Ours."""
 
     def __post_init__(self) -> None:
         problems = _not_one_of("activations", self.activations, ("bfloat16", "float32"))
@@ -254,7 +281,16 @@ class TrainConfig:
         names = [phase.name for phase in self.phases]
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"phase {name} is given twice; expected a name of its own for each")
-        knows_entries = False
+        if bool(self.init) != (self.data.tokenizer == INIT):
+            problems.append(
+                f"init is {self.init!r} with data.tokenizer = {self.data.tokenizer!r}; expected a model's folder and "
+                f"{INIT!r}, or neither: weights know one tokenizer's ids"
+            )
+        if self.data.has_conversations and self.run.baseline_order:
+            problems.append(
+                f"run.baseline_order is {self.run.baseline_order}; expected 0: of conversations a part is predicted"
+            )
+        knows_entries = bool(self.init)  # its indexer has been warmed up
         for phase in self.phases:
             if phase.attention == "sparse" and not knows_entries:
                 problems.append(

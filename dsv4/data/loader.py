@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv4.data.augment import augment, splits_of
-from dsv4.data.batch import Batch, batch_of
+from dsv4.data.batch import Batch, IsTarget, batch_of
 from dsv4.data.pack import Packer, Piece
 from dsv4.data.special import SpecialTokens
 
@@ -40,7 +40,8 @@ class Loader:
     """Endless batches of a store's documents, shuffled, augmented and packed.
 
     token_bytes: [V] integers, UTF-8 bytes of each token, special tokens none. splits: tokens that may be split, with
-    their parts. pack_buffer: documents in the packer's buffer. Padding is eos, as in the released tokenizer.
+    their parts. pack_buffer: documents in the packer's buffer. is_target: which tokens of a piece are predicted; None
+    for all. is_shuffled: False keeps the store's order in every epoch. Padding is eos, as in the released tokenizer.
     Raises ``ValueError`` when the store is empty.
     """
 
@@ -55,6 +56,8 @@ class Loader:
         fim_rate: float,
         split_rate: float,
         pack_buffer: int,
+        is_target: IsTarget | None = None,
+        is_shuffled: bool = True,
     ) -> None:
         _refuse_empty(store)
         self._store = store
@@ -64,13 +67,16 @@ class Loader:
         self._seed = seed
         self._fim_rate = fim_rate
         self._split_rate = split_rate
+        self._is_target, self._is_shuffled = is_target, is_shuffled
         self._packer = Packer(self._pieces(), pack_buffer)
         self._begin_epoch(0)
 
     def next_batch(self, num_rows: int, sequence: int) -> Batch:
         """Return the next ``num_rows`` rows of ``sequence`` tokens; both may change from call to call."""
         rows = [self._packer.row(sequence) for _ in range(num_rows)]
-        return batch_of(rows, sequence, padding_token=self._special.eos, token_bytes=self._token_bytes)
+        return batch_of(
+            rows, sequence, padding_token=self._special.eos, token_bytes=self._token_bytes, is_target=self._is_target
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what the next batches depend on, beside the arguments of the constructor; for JSON.
@@ -102,7 +108,8 @@ class Loader:
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._position = 0
-        self._order = order(self._store.num_documents, self._seed, epoch)
+        count = self._store.num_documents
+        self._order = order(count, self._seed, epoch) if self._is_shuffled else np.arange(count)
 
     def _piece(self, epoch: int, document: int) -> Piece:
         tokens = augment(
@@ -137,7 +144,14 @@ def order(num_documents: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def validation_batches(
-    store: Store, special: SpecialTokens, token_bytes: np.ndarray, *, num_rows: int, sequence: int, num_tokens: int
+    store: Store,
+    special: SpecialTokens,
+    token_bytes: np.ndarray,
+    *,
+    num_rows: int,
+    sequence: int,
+    num_tokens: int,
+    is_target: IsTarget | None = None,
 ) -> Iterator[Batch]:
     """Yield the first ``num_tokens`` tokens of a fixed random order of the store, unaugmented, packed as in training.
 
@@ -149,7 +163,7 @@ def validation_batches(
     packer = Packer(_first(store, special, num_tokens), VALIDATION_BUFFER)
     rows = takewhile(len, iter(lambda: packer.row(sequence), None))
     while some := list(islice(rows, num_rows)):
-        yield batch_of(some, sequence, padding_token=special.eos, token_bytes=token_bytes)
+        yield batch_of(some, sequence, padding_token=special.eos, token_bytes=token_bytes, is_target=is_target)
 
 
 def _first(store: Store, special: SpecialTokens, num_tokens: int) -> Iterator[Piece]:

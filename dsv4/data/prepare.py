@@ -18,15 +18,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from dsv4.config.model import ModelConfig
-from dsv4.config.train import DataConfig
+from dsv4.config.train import TRAIN, DataConfig
+from dsv4.data.conversations.rendered import Encoded, encode_conversations, recipe_sha256
 from dsv4.data.manifest import MANIFEST, OFFSETS, Manifest, file_sha256
 from dsv4.data.sources import Document, documents, listing_sha256
 from dsv4.data.split import SPLITS, Split, split_documents
 from dsv4.data.store import TokenStore
 from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, num_ids, plain_text, train_tokenizer
 from dsv4.data.writer import TokenWriter
-
-TRAIN = "train"  # the value of data.tokenizer that asks for a new one
 
 TOKENIZER = "tokenizer.json"
 RECORD = "prepared.json"  # written last: what the directory was made from, and what was left out
@@ -119,7 +118,7 @@ def _fingerprint(config: DataConfig, model: ModelConfig, given: Tokenizer | None
     """Hash of everything the tokens depend on. Options of packing and of the loader are not among it."""
     parts = {
         "version": VERSION,
-        "files": listing_sha256(config),
+        "files": recipe_sha256(config) if config.has_conversations else listing_sha256(config),
         "text_field": config.text_field,
         "bad_files": config.bad_files,
         "validation_fraction": config.validation_fraction,
@@ -179,7 +178,11 @@ def _make(
         check_tokenizer(tokenizer, model)
     tokenizer.save(str(directory / TOKENIZER))
     left_out = _LeftOut()
-    _encode(_kept(config, left_out), tokenizer, directory, progress)
+    if config.has_conversations:
+        encoded = encode_conversations(config, tokenizer, left_out.duplicate)
+    else:
+        encoded = _encoded(_kept(config, left_out), tokenizer)
+    _write(encoded, tokenizer, directory, progress)
     record = {
         "fingerprint": fingerprint,
         "duplicates": left_out.duplicates,
@@ -211,9 +214,19 @@ def _train_texts(config: DataConfig, progress: Progress) -> Iterator[str]:
             yield document.text
 
 
-def _encode(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, directory: Path, progress: Progress) -> None:
-    """Write the store of each split. Documents keep the order of the source."""
+def _encoded(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
+    """Texts to ids, in lists of about ``BATCH_CHARACTERS``."""
     plain = plain_text(tokenizer)
+    for batch in _batches(kept):
+        encodings = plain.encode_batch_fast([document.text for _, document in batch])
+        yield [
+            Encoded(split, encoding.ids, len(document.text.encode()))
+            for (split, document), encoding in zip(batch, encodings, strict=True)
+        ]
+
+
+def _write(encoded: Iterable[list[Encoded]], tokenizer: Tokenizer, directory: Path, progress: Progress) -> None:
+    """Write the store of each split. Documents keep the order of the source."""
     for split in SPLITS:
         (directory / split).mkdir()
     vocab_size, sha256 = num_ids(tokenizer), file_sha256(directory / TOKENIZER)
@@ -223,10 +236,9 @@ def _encode(kept: Iterable[tuple[Split, Document]], tokenizer: Tokenizer, direct
     ):
         writers: dict[Split, TokenWriter] = {"train": train, "validation": validation}
         count = 0
-        for batch in _batches(kept):
-            encodings = plain.encode_batch_fast([document.text for _, document in batch])
-            for (split, document), encoding in zip(batch, encodings, strict=True):
-                writers[split].append(encoding.ids, len(document.text.encode()))
+        for batch in encoded:
+            for split, token_ids, num_bytes in batch:
+                writers[split].append(token_ids, num_bytes)
             count += len(batch)
             progress("encode", count)
         train.finish()

@@ -17,12 +17,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from dsv4.config.serve import ServeOptions
+from dsv4.serve import openapi
 from dsv4.serve.background import Background
 from dsv4.serve.body import StrictRoute
 from dsv4.serve.chat_completions import ChatAnswer, ChatRequest, turn_of
 from dsv4.serve.completions import CompletionAnswer, CompletionRequest
 from dsv4.serve.errors import ApiError
-from dsv4.serve.guard import KEY, Guard, dialect_of
+from dsv4.serve.guard import KEY, Guard, dialect_of, failure
 from dsv4.serve.messages import MessageAnswer, check_name, count_tokens
 from dsv4.serve.messages_request import CountRequest, MessagesRequest
 from dsv4.serve.metrics import CONTENT_TYPE
@@ -33,14 +34,6 @@ from dsv4.serve.responses import ResponsesAnswer
 from dsv4.serve.responses_request import ResponsesRequest
 from dsv4.serve.schema import Loose
 from dsv4.serve.service import Service
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": {"type": "object"}}}}
-    for status, text in ((400, "what is wrong with the request"), (401, "no key"), (404, "no such thing"),
-                         (413, "too large"), (415, "not JSON"), (422, "never used"), (429, "too many requests"),
-                         (500, "the server failed"), (503, "closing"))
-    if status != 422
-}  # fmt: skip
 
 
 class TokenizeRequest(Loose):
@@ -86,7 +79,7 @@ def create_app(service: Service) -> ASGIApp:
 
     app = FastAPI(
         title="dsv4", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json",
-        description="DeepSeek-V4, in the protocols of DeepSeek, OpenAI and Anthropic.", responses=ERRORS,
+        description="DeepSeek-V4, in the protocols of DeepSeek, OpenAI and Anthropic.", responses=openapi.ERRORS,
     )  # fmt: skip
     app.router.route_class = StrictRoute
     _add_errors(app)
@@ -110,7 +103,7 @@ def create_app(service: Service) -> ASGIApp:
 def _add_openai(app: FastAPI, service: Service) -> None:
     answered = Answered(service.options)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=openapi.CHAT)
     @app.post("/chat/completions", include_in_schema=False)
     @app.post("/beta/chat/completions", include_in_schema=False)
     @app.post("/v1/beta/chat/completions", include_in_schema=False)
@@ -122,7 +115,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         )
         return answered(answer, request, stream=body.stream)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=openapi.COMPLETION)
     @app.post("/completions", include_in_schema=False)
     @app.post("/beta/completions", include_in_schema=False)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -136,7 +129,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 def _add_messages(app: FastAPI, service: Service) -> None:
     answered = Answered(service.options)
 
-    @app.post("/v1/messages")
+    @app.post("/v1/messages", responses=openapi.MESSAGE)
     @app.post("/anthropic/v1/messages", include_in_schema=False)
     @app.post("/anthropic/messages", include_in_schema=False)
     async def messages(body: MessagesRequest, request: Request) -> Response:
@@ -144,7 +137,7 @@ def _add_messages(app: FastAPI, service: Service) -> None:
         answer = MessageAnswer(service, body, key=request.scope[KEY], id="msg_" + secrets.token_hex(12))
         return answered(answer, request, stream=bool(body.stream))
 
-    @app.post("/v1/messages/count_tokens")
+    @app.post("/v1/messages/count_tokens", responses=openapi.TOKENS)
     @app.post("/anthropic/v1/messages/count_tokens", include_in_schema=False)
     @app.post("/anthropic/messages/count_tokens", include_in_schema=False)
     async def count(body: CountRequest) -> dict[str, Any]:
@@ -155,7 +148,7 @@ def _add_messages(app: FastAPI, service: Service) -> None:
 def _add_responses(app: FastAPI, service: Service, background: Background) -> None:
     answered = Answered(service.options)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=openapi.RESPONSE)
     @app.post("/responses", include_in_schema=False)
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         check_model(service, body.model)
@@ -164,45 +157,45 @@ def _add_responses(app: FastAPI, service: Service, background: Background) -> No
             return Response(dumps(await background.add(body, **asked)), media_type="application/json")
         return answered(ResponsesAnswer(service, body, **asked), request, stream=bool(body.stream))
 
-    @app.get("/v1/responses/{id}")
+    @app.get("/v1/responses/{id}", responses=openapi.BACKGROUND)
     @app.get("/responses/{id}", include_in_schema=False)
     async def response(id: str, request: Request, stream: bool = False) -> Response:
         if stream:
             raise ApiError(400, "stream is true; expected false: a background response comes whole", param="stream")
         return Response(dumps(await background.get(id, request.scope[KEY])), media_type="application/json")
 
-    @app.post("/v1/responses/{id}/cancel")
+    @app.post("/v1/responses/{id}/cancel", responses=openapi.BACKGROUND)
     @app.post("/responses/{id}/cancel", include_in_schema=False)
     async def cancel_response(id: str, request: Request) -> Response:
         return Response(dumps(await background.cancel(id, request.scope[KEY])), media_type="application/json")
 
-    @app.delete("/v1/responses/{id}")
+    @app.delete("/v1/responses/{id}", responses=openapi.DELETED)
     @app.delete("/responses/{id}", include_in_schema=False)
     async def delete_response(id: str, request: Request) -> Response:
         return Response(dumps(await background.delete(id, request.scope[KEY])), media_type="application/json")
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=openapi.whole("object", "data"))
     @app.get("/models", include_in_schema=False)
     async def models() -> dict[str, Any]:
         return model_list(service)
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=openapi.whole("id", "object", "created", "owned_by"))
     async def model(name: str) -> dict[str, Any]:
         return one_model(service, name)
 
-    @app.get("/health")
+    @app.get("/health", responses=openapi.whole("status", "model", "requests"))
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": service.name, "requests": service.admission.num_now}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     async def metrics() -> Response:
         service.metrics.running.set(service.admission.num_now)
         service.metrics.free_pages.set(service.engine.pool.num_free)
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=openapi.whole("tokens", "count", "max_model_len"))
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         text = body.text if body.text is not None else body.prompt
         if text is None:
@@ -211,7 +204,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return {"tokens": ids, "count": len(ids), "max_model_len": service.max_context}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=openapi.whole("text"))
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         size = service.engine.model.config.vocab_size
         wrong = next((token for token in body.tokens if token >= size), None)
@@ -261,6 +254,10 @@ def _add_errors(app: FastAPI) -> None:
         response = answer(request, found)
         response.headers.update(error.headers or {})
         return response
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, _: Exception) -> Response:
+        return answer(request, failure(request.scope))
 
 
 def _now() -> int:

@@ -26,6 +26,7 @@ from dsv4.serve.metrics import Metrics
 from dsv4.serve.respond import STOPPING, dumps
 
 KEY = "dsv4.key"  # in a request's scope: a name for the key it came with
+REQUEST_ID = "dsv4.request_id"
 OPEN_PATHS = ("/", "/health")
 OPEN_FOLDER = "/page/"
 PORT = re.compile(r":\d*$")
@@ -44,11 +45,12 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, status = time.monotonic(), 0
-        request_id = secrets.token_hex(8)
+        begun, status, is_whole = time.monotonic(), 0, False
+        request_id = scope[REQUEST_ID] = secrets.token_hex(8)
 
         async def sent(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
@@ -71,10 +73,10 @@ class Guard:
             await _answer(ApiError(400, "the body is nested too deeply"), dialect_of(scope["path"]), sent)
         except Exception:  # whatever it is, the client gets an answer and the log the reason
             log.exception("request %s failed", request_id)
-            if status:
+            if status and not is_whole:
                 raise
-            error = ApiError(500, f"the server failed; its log has request {request_id}")
-            await _answer(error, dialect_of(scope["path"]), sent)
+            if not status:
+                await _answer(failure(scope), dialect_of(scope["path"]), sent)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
@@ -146,6 +148,11 @@ def dialect_of(path: str) -> Dialect:
     return "anthropic" if path.startswith(("/anthropic", "/v1/messages")) else "openai"
 
 
+def failure(scope: Scope) -> ApiError:
+    """What a client is told of a mistake of ours: where its reason is written."""
+    return ApiError(500, f"the server failed; its log has request {scope[REQUEST_ID]}")
+
+
 async def _read(receive: Receive, most: int) -> bytes:
     parts, size = [], 0
     while True:
@@ -198,7 +205,15 @@ def _digest(key: str) -> bytes:
 
 
 async def _answer(error: ApiError, dialect: Dialect, send: Any) -> None:
-    headers = {"content-type": "application/json", "connection": "close", **error.headers}
+    """Answer instead of the application.
+
+    The connection stays: what is left of the body is read and thrown away, or a client that still sends it would not
+    hear the answer. Only from a client that is slow nothing more is read.
+    """
+    body = dumps(error.body(dialect))
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    if error.status == 408:
+        headers["connection"] = "close"
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": dumps(error.body(dialect)), "more_body": False})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

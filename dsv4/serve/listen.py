@@ -17,6 +17,7 @@ MAX_HEADER_BYTES = 2**16
 BACKLOG = 1024
 IDLE_S = 75.0  # a connection without a request is closed after so long
 HEAD_S = 30.0  # a request's head must have come within so long, from its first byte or from the connection
+CUT_S = 5.0  # answers that were cut off must have ended within so long
 STALL_S = 60.0  # a client that takes nothing of its answer for so long is gone
 
 
@@ -26,6 +27,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit  # whoever says it twice does not want to wait
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.server_state.tasks:  # answers that were cut off, whose clients are still to be told
+            await asyncio.wait(self.server_state.tasks, timeout=CUT_S)
 
 
 class Protocol(H11Protocol):

@@ -90,7 +90,6 @@ def tiny_model(vocab_size: int, *, max_context: int = 512) -> Transformer:
     return model
 
 
-
 def toy_model(config: ModelConfig, seed: int = 0, *, backend: BackendChoice = "auto") -> Transformer:
     """Return a float32 model whose every parameter is random; the same seed gives the same model."""
     model = new_model(config, seed, backend=backend)

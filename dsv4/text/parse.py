@@ -37,8 +37,9 @@ class Parser:
     """Turns the pieces of one completion into events.
 
     ``thinking`` says that the prompt ended with ``<think>``. ``tools`` are those on offer; if none are given names are
-    not checked and wrapped arguments stay wrapped, and with None there are no calls, only text. For a prompt that already holds the beginning of the completion, push
-    that first. Consecutive events of a kind belong together and may be cut anywhere.
+    not checked and wrapped arguments stay wrapped, and with None there are no calls, only text. For a prompt that
+    already holds the beginning of the completion, push that first. Consecutive events of a kind belong together and may
+    be cut anywhere.
     """
 
     def __init__(self, *, thinking: bool, tools: Sequence[Tool] | None = ()) -> None:

@@ -25,11 +25,14 @@ from dsv4.train.schedule import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a step's sums are divided by: its targets, MTP targets, real tokens, queries that see a CSA entry."""
+    """What a step's sums are divided by: its targets, MTP targets, real tokens, those with a next one in their
+    document, queries that see a CSA entry.
+    """
 
     targets: int
     mtp_targets: int
     tokens: int
+    joined: int
     indexed: int
 
 
@@ -42,6 +45,7 @@ def count(batches: list[Batch]) -> Counts:
         targets=targets,
         mtp_targets=sum(int((mtp_targets(batch.targets) >= 0).sum()) for batch in batches),
         tokens=sum(batch.num_real for batch in batches),
+        joined=sum(int((_mtp_segments(batch) != PADDING).sum()) for batch in batches),
         indexed=sum(num_indexed(batch.segment_ids, batch.segment_ids != PADDING) for batch in batches),
     )
 
@@ -160,7 +164,7 @@ def _records(
     balance = mtp_balance = None
     if now.phase.train == "all":
         balance = is_real / counts.tokens
-        mtp_balance = (_mtp_segments(batch)[:, :-1] != PADDING) / counts.targets
+        mtp_balance = (_mtp_segments(batch)[:, :-1] != PADDING) / counts.joined
     records = [LayerRecord(balance_weights=balance, indexer=request) for _ in model.layers]
     records += [LayerRecord(balance_weights=mtp_balance) for _ in model.mtp]
     if forced is not None:
@@ -181,7 +185,10 @@ def _mtp_segments(batch: Batch) -> torch.Tensor:
 
     It would join the first token of the next document, and count in the balance of this one.
     """
-    return batch.segment_ids.where(batch.targets >= 0, PADDING)
+    segments = batch.segment_ids
+    result = torch.full_like(segments, PADDING)
+    result[:, :-1] = segments[:, :-1].where(segments[:, 1:] == segments[:, :-1], PADDING)
+    return result
 
 
 def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from dsv4.checkpoint.load import load_model
 from dsv4.config.files import write_then_rename
 from dsv4.config.fit import check_against_model
 from dsv4.config.load import load_config
 from dsv4.config.model import ModelConfig
 from dsv4.config.toml import to_dict
-from dsv4.config.train import TrainConfig
+from dsv4.config.train import INIT, DataConfig, TrainConfig
 from dsv4.data.augment import split_table
 from dsv4.data.batch import Batch
+from dsv4.data.conversations.answers import Answers
 from dsv4.data.loader import Loader, check_corpus, validation_batches
 from dsv4.data.prepare import TOKENIZER, prepare
 from dsv4.data.special import SpecialTokens
@@ -46,36 +49,40 @@ def set_up(
     """
     model_config = load_config(config.model)
     check_against_model(config, model_config)
+    is_new = not resume
+    if is_new and config.init:
+        check_init(Path(config.init), model_config)
     run.mkdir(parents=True, exist_ok=True)
     data = run / "data"
-    if not resume:
-        prepare(config.data, model_config, data, progress=progress)
+    if is_new:
+        prepare(_data_config(config), model_config, data, progress=progress)
     tokenizer = load_tokenizer(str(data / TOKENIZER))
     check_tokenizer(tokenizer, model_config)
     stores = {split: TokenStore.open(data, split) for split in SPLITS}
     longest = max(phase.sequence for phase in config.phases)
     check_corpus(stores["train"], longest, config.batch.tokens)
     special, sizes = SpecialTokens.of(tokenizer), token_bytes(tokenizer)
+    is_target = Answers.of(tokenizer).written if config.data.has_conversations else None
     loader = Loader(
         stores["train"], special, sizes, split_table(tokenizer),
         seed=config.seed, fim_rate=config.data.fim_rate, split_rate=config.data.split_rate,
-        pack_buffer=config.data.pack_buffer,
+        pack_buffer=config.data.pack_buffer, is_target=is_target, is_shuffled=not config.data.has_conversations,
     )  # fmt: skip
 
     @cache
     def validation(sequence: int) -> list[Batch]:
         rows = max(1, VALIDATION_ROWS_TOKENS // sequence)
         tokens = config.run.validation_tokens
-        return list(
-            validation_batches(
-                stores["validation"], special, sizes, num_rows=rows, sequence=sequence, num_tokens=tokens
-            )
-        )
+        batches = validation_batches(
+            stores["validation"], special, sizes, num_rows=rows, sequence=sequence, num_tokens=tokens,
+            is_target=is_target,
+        )  # fmt: skip
+        return list(batches)
 
     write_then_rename(run / "config.json", lambda path: _write(path, config))
     return Parts(
         config=config,
-        model=build_model(config, model_config).to(device),
+        model=build_model(config, model_config, is_new=is_new).to(device),
         loader=loader,
         validation=validation,
         store=stores["train"],
@@ -84,11 +91,34 @@ def set_up(
     )
 
 
-def build_model(config: TrainConfig, model_config: ModelConfig) -> Transformer:
-    """Return a fresh model of float32 masters whose activations have the recipe's dtype."""
+def build_model(config: TrainConfig, model_config: ModelConfig, *, is_new: bool = True) -> Transformer:
+    """Return a model of float32 masters whose activations have the recipe's dtype.
+
+    Its weights are random or, where the recipe says so and the run is new, those of the model it starts from.
+    """
     model = Transformer(model_config, activation_dtype=getattr(torch, config.activations))
     initialize_(model, config.seed)
+    if is_new and config.init:
+        model.load_state_dict(load_model(config.init, "float32").state_dict())
     return model.train()
+
+
+def check_init(directory: Path, model: ModelConfig) -> None:
+    """Raise ``ValueError`` unless the model in ``directory`` is one of this config; how it is stored may differ."""
+    found = load_config(directory)
+    if replace(found, storage=model.storage) != model:
+        differing = [name for name, value in vars(model).items() if name != "storage" and vars(found)[name] != value]
+        raise ValueError(
+            f"init is {directory}, a model that differs from the recipe's in {', '.join(differing)}; expected one of "
+            "the recipe's config"
+        )
+
+
+def _data_config(config: TrainConfig) -> DataConfig:
+    """Where texts come from, with the tokenizer of the model that the run starts from if that is the one."""
+    if config.data.tokenizer != INIT:
+        return config.data
+    return replace(config.data, tokenizer=str(Path(config.init) / TOKENIZER))
 
 
 def _write(path: Path, config: TrainConfig) -> None:

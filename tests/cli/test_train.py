@@ -187,8 +187,8 @@ def _colours(monkeypatch):
 def test_a_nan_is_one_red_line_with_the_layer(finished, recipe, tmp_path, capsys):
     build = dsv4.train.setup.build_model
 
-    def poisoned(*arguments):
-        model = build(*arguments)
+    def poisoned(*arguments, **given):
+        model = build(*arguments, **given)
         calls = []
 
         def hook(module, inputs, output):

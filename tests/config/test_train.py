@@ -67,6 +67,35 @@ def test_a_value_out_of_range_is_named(part, changes, message):
     assert message in problems(replace, getattr(RECIPE, part), **changes)
 
 
+def test_conversations_are_counted_and_trained_on_as_they_are():
+    lines = problems(replace, RECIPE.data, source="conversations", split_rate=0.0)
+    assert lines == [
+        "data.num_conversations is 0; expected at least 1",
+        "data.tokenizer is 'train'; expected one that is there: conversations train none",
+        "data.fim_rate is 0.1; expected 0: a conversation is trained on as it is asked",
+    ]
+    lines = problems(replace, RECIPE.data, num_conversations=5)
+    assert lines == ["data.num_conversations is 5; expected 0: data.source is 'stdlib'"]
+
+
+def test_a_model_to_start_from_comes_with_its_tokenizer():
+    with_tokenizer = replace(RECIPE.data, tokenizer="init")
+    for changes in ({"init": "runs/demo/model"}, {"data": with_tokenizer}):
+        (line,) = problems(replace, RECIPE, **changes)
+        assert line.endswith("expected a model's folder and 'init', or neither: weights know one tokenizer's ids")
+    made = replace(RECIPE, init="runs/demo/model", data=with_tokenizer, phases=(SPARSE,))
+    assert made.phases == (SPARSE,)  # its indexer has been warmed up
+
+
+def test_conversations_have_no_byte_baseline():
+    data = replace(
+        RECIPE.data, source="conversations", num_conversations=5, tokenizer="init", fim_rate=0.0, split_rate=0.0
+    )
+    run = replace(RECIPE.run, baseline_order=3)
+    (line,) = problems(replace, RECIPE, init="base", data=data, run=run)
+    assert line == "run.baseline_order is 3; expected 0: of conversations a part is predicted"
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_a_generator_would_not_take_is_named(seed):
     assert problems(replace, RECIPE, seed=seed) == [f"seed is {seed}; expected 0 <= seed < 2**63"]

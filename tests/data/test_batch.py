@@ -57,3 +57,18 @@ def test_every_target_is_the_next_token_of_the_same_piece(rows, room):
         changes = (batch.segment_ids[row].diff() != 0).sum().item()
         assert changes == len(pieces) - 1 + (padding > 0)
     assert batch.num_bytes == sum(TOKEN_BYTES[piece[1:]].sum() for pieces in rows for piece in pieces)
+
+
+def test_what_is_not_to_be_predicted_has_no_target():
+    """Asked piece by piece, so that what a piece's tokens say does not reach the next."""
+
+    def is_target(tokens):
+        return tokens > tokens[0]
+
+    rows = [[np.array([4, 5, 3, 7]), np.array([8, 9, 2])], [np.array([2, 3])]]
+    made = batch_of(rows, 7, padding_token=EOS, token_bytes=TOKEN_BYTES, is_target=is_target)
+    assert made.targets.tolist() == [[5, -1, 7, -1, 9, -1, -1], [3, -1, -1, -1, -1, -1, -1]]
+    assert made.num_bytes == 1 + 9 + 6 + 1
+    plain = batch_of(rows, 7, padding_token=EOS, token_bytes=TOKEN_BYTES)
+    assert torch.equal(made.token_ids, plain.token_ids)
+    assert torch.equal(made.segment_ids, plain.segment_ids)

@@ -52,8 +52,8 @@ def unlike(lengths):
 STORE = unlike(LENGTHS)
 
 
-def new_loader(store=STORE, *, seed=3, pack_buffer=4, rates=PLAIN, splits=SPLITS):
-    return Loader(store, SPECIAL, TOKEN_BYTES, splits, seed=seed, pack_buffer=pack_buffer, **rates)
+def new_loader(store=STORE, *, seed=3, pack_buffer=4, rates=PLAIN, splits=SPLITS, **options):
+    return Loader(store, SPECIAL, TOKEN_BYTES, splits, seed=seed, pack_buffer=pack_buffer, **rates, **options)
 
 
 def same(one, other):
@@ -119,6 +119,30 @@ def test_targets_are_the_next_token_of_the_same_document(steps, pack_buffer):
             assert set(pairwise(tokens)) <= follows  # so no id joins two documents
         assert batch.num_targets == sum(len(tokens) - 1 for tokens in segments(batch))
         assert batch.num_bytes == sum(TOKEN_BYTES[tokens[1:]].sum() for tokens in segments(batch))
+
+
+def test_the_order_of_the_store_is_kept_where_it_is_meant():
+    loader = new_loader(pack_buffer=1, is_shuffled=False)
+    begun = [tokens[1] for _ in range(9) for tokens in segments(loader.next_batch(1, 100)) if tokens[0] == SPECIAL.bos]
+    firsts = [int(document[0]) for document in STORE.documents]
+    assert begun[: 2 * len(firsts)] == (firsts * 2)[: len(begun)]
+    assert len(begun) > len(firsts)  # the second epoch in the same order
+    other = new_loader(pack_buffer=1, is_shuffled=False)
+    other.next_batch(2, 64)
+    other.load_state(new_loader(pack_buffer=1, is_shuffled=False, seed=8).state())
+    assert same(other.next_batch(9, 100), new_loader(pack_buffer=1, is_shuffled=False).next_batch(9, 100))
+
+
+def test_what_is_predicted_is_asked_of_each_piece():
+    loader = new_loader(is_target=lambda tokens: tokens % 2 == 0)
+    batch = loader.next_batch(4, 64)
+    targets = batch.targets[batch.targets >= 0]
+    assert (targets % 2 == 0).all()
+    assert len(targets) > 50
+    (first,) = validation_batches(
+        STORE, SPECIAL, TOKEN_BYTES, num_rows=9, sequence=150, num_tokens=200, is_target=lambda tokens: tokens < 0
+    )
+    assert first.num_targets == 0
 
 
 @pytest.mark.parametrize("rates", [PLAIN, AUGMENTED])

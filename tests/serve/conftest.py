@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing, contextmanager
 
 import httpx
 import pytest
-import uvicorn
 
 from dsv4.config.engine import Limits
 from dsv4.config.serve import ServeOptions
@@ -20,7 +19,7 @@ from dsv4.data.tokenizer import num_ids, train_tokenizer
 from dsv4.engine.engine import Engine
 from dsv4.engine.outputs import Completion, Piece
 from dsv4.serve.app import create_app
-from dsv4.serve.listen import bind, settings
+from dsv4.serve.listen import Server, bind, settings
 from dsv4.serve.service import Service
 from dsv4.testing.toys import tiny_model
 from dsv4.text.passages import OWN
@@ -110,7 +109,7 @@ def http(app):
 @contextmanager
 def listening(app, options):
     """Run an application on a free port of this machine; give its address."""
-    server = uvicorn.Server(settings(app, options))
+    server = Server(settings(app, options))
     listener = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -133,6 +132,13 @@ def served(make_service):
             return service, stack.enter_context(listening(create_app(service), service.options))
 
         yield run
+
+
+@pytest.fixture
+def run_app():
+    """Run applications that are none of ours: ``run_app(app)`` gives an address."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(listening(app, ServeOptions()))
 
 
 class Wire:
@@ -182,6 +188,22 @@ def wire():
     """Open connections: ``wire(url)``."""
     with ExitStack() as stack:
         yield lambda url, **given: stack.enter_context(closing(Wire(url, **given)))
+
+
+@pytest.fixture
+def slow_down(monkeypatch):
+    """Let each step of a service's engine take a while: ``slow_down(service)``."""
+
+    def slow(service, seconds=0.02):
+        step = service.engine.step
+
+        def slowly():
+            time.sleep(seconds)
+            return step()
+
+        monkeypatch.setattr(service.engine, "step", slowly)
+
+    return slow
 
 
 @pytest.fixture

@@ -226,9 +226,31 @@ def test_counts_against_loops(batch):
         targets=sum(n - 1 for n in lengths),
         mtp_targets=sum(max(0, n - 2) for n in lengths),
         tokens=sum(lengths),
+        joined=sum(n - 1 for n in lengths),
         indexed=sum(max(0, n - 3) for n in lengths),
     )
     assert count([batch]) == count(split(batch, [1, 3, 1])) == wanted
+
+
+def test_what_is_not_predicted_is_still_read(model):
+    """Targets decide what is counted, and nothing of what layers and the MTP block see: balance and loads too."""
+    whole = packed_batch(V, [[60, 73]], T)
+    targets = whole.targets.clone()
+    targets[:, :40] = -1
+    targets[:, 60:] = -1
+    some = replace(whole, targets=targets)
+    counts = count([some])
+    assert counts == replace(count([whole]), targets=19, mtp_targets=18)
+    first, _ = gradients(model, SPARSE, [whole], recipe())
+    result, grads = gradients(model, SPARSE, [some], recipe())
+    assert torch.equal(result.load, first.load)
+    assert result.numbers["balance_loss"] == pytest.approx(first.numbers["balance_loss"], rel=1e-6)
+    # What the MTP block reads before the first target reaches its loss: without it the gradient would be another.
+    token_ids = whole.token_ids.clone()
+    token_ids[0, 30] = (token_ids[0, 30] + 1) % V
+    other, _ = gradients(model, SPARSE, [replace(some, token_ids=token_ids)], recipe())
+    assert other.numbers["mtp_loss"] != result.numbers["mtp_loss"]
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
 
 
 @names

@@ -116,7 +116,7 @@ class FakeServer:
         return [last, *([{"choices": [], "usage": usage}] if usage else []), "data: [DONE]\n\n"]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def _server():
     fake = FakeServer()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -140,7 +140,7 @@ def server(_server):
     return _server
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def _browser():
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
