@@ -14,25 +14,14 @@ from dsv4.serve.answer_text import Collected, all_of, collect
 from dsv4.serve.errors import ApiError
 from dsv4.serve.respond import event
 from dsv4.serve.schema import (
-    MAX_CHOICES,
-    MAX_STOPS,
-    Bias,
     Count,
     Function,
     FunctionTool,
     Loose,
-    Penalty,
-    Seed,
-    Share,
-    StreamOptions,
-    Temperature,
-    Text,
-    User,
+    OpenAIRequest,
     check_choice,
     json_schema_format,
     num_logprobs,
-    sampling_of,
-    stops_of,
     tools_of,
 )  # fmt: skip
 from dsv4.serve.service import Prepared, Service
@@ -112,10 +101,9 @@ class NamedTool(Loose):
     function: NamedFunction
 
 
-class ChatRequest(Loose):
+class ChatRequest(OpenAIRequest):
     """A chat request. ``thinking``, ``reasoning_effort`` and ``chat_template_kwargs`` say whether and how it thinks."""
 
-    model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     thinking: Thinking | None = None
     reasoning_effort: str | None = None
@@ -124,26 +112,9 @@ class ChatRequest(Loose):
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
-    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Bias] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    seed: Seed | None = None
-    ignore_eos: bool = False
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: User | None = None
-    user_id: User | None = None
 
 
 def turn_of(request: ChatRequest, *, thinks_by_default: bool = True) -> Turn:
@@ -155,14 +126,11 @@ def turn_of(request: ChatRequest, *, thinks_by_default: bool = True) -> Turn:
         messages=tuple(_message(one, i == len(request.messages) - 1) for i, one in enumerate(request.messages)),
         tools=tools, tool_choice=check_choice(_choice(request), tools), thinking=thinking, effort=effort,
         one_call=not request.parallel_tool_calls,
-        answer=_format(request.response_format), stop=stops_of(request.stop),
-        user=request.user_id or request.user or "",
-        sampling=sampling_of(
-            max_tokens=request.max_completion_tokens or request.max_tokens, temperature=request.temperature,
-            top_p=request.top_p, top_k=request.top_k, min_p=request.min_p, seed=request.seed,
-            presence_penalty=request.presence_penalty, frequency_penalty=request.frequency_penalty,
-            repetition_penalty=request.repetition_penalty, logit_bias=request.logit_bias,
-            logprobs=num_logprobs(request.logprobs, request.top_logprobs), ignore_eos=request.ignore_eos,
+        answer=_format(request.response_format), stop=request.stops,
+        user=request.owner,
+        sampling=request.sampling(
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            logprobs=num_logprobs(request.logprobs, request.top_logprobs),
         ),
     )  # fmt: skip
 

@@ -16,20 +16,7 @@ from dsv4.serve.chat_completions import usage_of
 from dsv4.serve.errors import ApiError
 from dsv4.serve.respond import event
 from dsv4.serve.schema import (
-    MAX_CHOICES,
-    MAX_STOPS,
-    Bias,
-    Count,
-    Loose,
-    Penalty,
-    Seed,
-    Share,
-    StreamOptions,
-    Temperature,
-    Text,
-    User,
-    sampling_of,
-    stops_of,
+    OpenAIRequest,
 )  # fmt: skip
 from dsv4.serve.service import Service
 from dsv4.serve.token_text import token_text
@@ -40,31 +27,13 @@ DEFAULT_TOKENS = 16  # as OpenAI has it
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class CompletionRequest(Loose):
+class CompletionRequest(OpenAIRequest):
     """suffix: what comes after the text that is wanted. echo: give the prompt back before it."""
 
-    model: str
     prompt: str | list[str] | Annotated[list[TokenId], Field(min_length=1)]
     suffix: str | None = None
-    max_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Bias] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
-    ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    seed: Seed | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: User | None = None
-    user_id: User | None = None
 
 
 @dataclass(kw_only=True)
@@ -83,13 +52,9 @@ class CompletionAnswer:
 
     def __init__(self, service: Service, request: CompletionRequest, *, key: str, id: str, created: int) -> None:
         self._service, self._request, self._key = service, request, key
-        self._user = request.user_id or request.user or ""
-        sampling = sampling_of(
-            max_tokens=request.max_tokens or DEFAULT_TOKENS, temperature=request.temperature, top_p=request.top_p,
-            top_k=request.top_k, min_p=request.min_p, seed=request.seed, presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty, repetition_penalty=request.repetition_penalty,
-            logit_bias=request.logit_bias, logprobs=request.logprobs, stop=stops_of(request.stop),
-            ignore_eos=request.ignore_eos,
+        self._user = request.owner
+        sampling = request.sampling(
+            max_tokens=request.max_tokens or DEFAULT_TOKENS, logprobs=request.logprobs, stop=request.stops
         )  # fmt: skip
         self._prompts = self._texts(request.prompt)
         ids = [self._ids(prompt) for prompt in self._prompts]

@@ -76,6 +76,47 @@ def json_schema_format(schema: Mapping[str, Any] | None) -> AnswerFormat:
     return AnswerFormat(kind="json_schema", schema=schema)
 
 
+class OpenAIRequest(Loose):
+    """What OpenAI's requests for a chat and for a completion have in common. user_id: DeepSeek's name for user."""
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, Bias] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    seed: Seed | None = None
+    ignore_eos: bool = False
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: User | None = None
+    user_id: User | None = None
+
+    @property
+    def owner(self) -> str:
+        """Whose prefixes the request may share."""
+        return self.user_id or self.user or ""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None, stop: Sequence[str] = ()) -> Sampling:
+        """How tokens are chosen. stop: strings that end the whole output, thinking too."""
+        return sampling_of(
+            max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p,
+            seed=self.seed, presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty, logit_bias=self.logit_bias, logprobs=logprobs, stop=stop,
+            ignore_eos=self.ignore_eos,
+        )  # fmt: skip
+
+
 def sampling_of(
     *,
     max_tokens: int | None,
@@ -116,10 +157,6 @@ def num_logprobs(wanted: bool | None, top: int | None) -> int | None:
             raise ApiError(400, wrong, param="top_logprobs")
         return None
     return min(top or 0, MAX_LOGPROBS)
-
-
-def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _bias(by_token: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
