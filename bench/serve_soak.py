@@ -3,19 +3,23 @@
     python bench/serve_soak.py --minutes 10 --json bench/results/serve_soak.json
 
 A toy model behind the whole server, in a process of its own; 200 clients at a time in this one, of all protocols, each
-of which reads its answer to the end or leaves somewhere in it. Exit code 1 if at the end a page, a place or a file is
-not given back, or if after the first third memory grew by more than a few MiB an hour.
+of which reads its answer to the end or leaves somewhere in it. A third of the time warms up; then all clients leave,
+and the server is looked at; and once more at the end. Exit code 1 if a page, a place or a file is not given back, or
+if between the two looks memory grew by more than a few MiB an hour: what the process holds, what of its C heap is in
+use (with glibc; holes do not blur that), and what Python's allocator has given out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import json
 import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,9 +40,12 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/responses": {"model": "toy", "input": "x", "max_output_tokens": 400},
 }
 STAYS = 0.3  # of the clients read their answer to the end
-SLOPE_MIB_AN_HOUR = 8.0
+MIB_AN_HOUR = 8.0  # that memory may grow by
+NOISE_MIB = {"rss_bytes": 4.0, "heap_bytes": 0.5}  # that it may grow by in a run of minutes: the heap tears slowly
+BLOCKS_A_REQUEST = 0.5  # of Python's allocator
 WARM_UP = 1 / 3  # of the time, in which memory may grow
 SETTLE_S = 30.0  # for what is left at the end
+METRICS = ("dsv4_requests_now", "dsv4_free_pages")
 MIB = 2**20
 
 
@@ -49,44 +56,60 @@ class Sample:
     seconds: float
     rss_bytes: int
     num_files: int
+    heap_bytes: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """The process of a server. told: answers with its memory."""
+
+    pid: int
+    port: int
+    num_pages: int
+    told: Connection
 
 
 @dataclass
 class Found:
-    """What came of it."""
+    """What came of it. warm, end: the server without requests, after the warm-up and at the end."""
 
     done: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     files_before: int = 0
-    pages: tuple[int, int] = (0, 0)
+    warm: Sample | None = None
+    end: Sample | None = None
+    num_warm: int = 0
+    free_pages: int = 0
     requests_now: int = 0
 
-    @property
-    def warm(self) -> list[Sample]:
-        return [one for one in self.samples if one.seconds >= WARM_UP * self.samples[-1].seconds]
+    def grown(self, name: str) -> float:
+        """By how much this grew from the warm-up to the end."""
+        return getattr(self.end, name) - getattr(self.warm, name)
+
+    def mib_an_hour(self, name: str) -> float:
+        return self.grown(name) / MIB / (self.grown("seconds") / 3600)
 
     @property
-    def slope_mib_an_hour(self) -> float:
-        """How fast memory grew after the warm-up: the line through the samples."""
-        xs, ys = [one.seconds / 3600 for one in self.warm], [one.rss_bytes / MIB for one in self.warm]
-        mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-        spread = sum((x - mean_x) ** 2 for x in xs)
-        return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread if spread else 0.0
+    def blocks_a_request(self) -> float:
+        return self.grown("num_blocks") / max(1, self.done.total() - self.num_warm)
 
-    def problems(self, least_hours: float) -> list[str]:
-        """What is wrong; memory must have grown by as much as half an hour at the limit, or it is noise."""
-        grown = self.slope_mib_an_hour * (self.warm[-1].seconds - self.warm[0].seconds) / 3600
+    def problems(self, num_pages: int) -> list[str]:
+        """What is wrong."""
         found = []
-        if self.pages[0] != self.pages[1]:
-            found.append(f"{self.pages[1] - self.pages[0]} of {self.pages[1]} pages are not free")
+        if self.free_pages != num_pages:
+            found.append(f"{num_pages - self.free_pages} of {num_pages} pages are not free")
         if self.requests_now:
             found.append(f"{self.requests_now} requests are still counted")
-        if self.samples[-1].num_files > self.files_before:
-            found.append(f"{self.samples[-1].num_files} files are open, {self.files_before} were")
+        if self.grown("num_files") > 0:
+            found.append(f"{self.grown('num_files'):.0f} files more are open than after the warm-up")
         if self.done["error"]:
             found.append(f"{self.done['error']} requests failed")
-        if self.slope_mib_an_hour > SLOPE_MIB_AN_HOUR and grown > SLOPE_MIB_AN_HOUR * least_hours:
-            found.append(f"memory grows by {self.slope_mib_an_hour:.1f} MiB an hour")
+        for name, noise_mib in NOISE_MIB.items():
+            if self.mib_an_hour(name) > MIB_AN_HOUR and self.grown(name) > noise_mib * MIB:
+                found.append(f"{name} grew by {self.mib_an_hour(name):.1f} MiB an hour")
+        if self.blocks_a_request > BLOCKS_A_REQUEST:
+            found.append(f"{self.blocks_a_request:.2f} blocks of Python's are left of each request")
         return found
 
 
@@ -100,8 +123,8 @@ def serve(told: Connection) -> None:
     from dsv4.config.serve import ServeOptions
     from dsv4.data.tokenizer import num_ids, train_tokenizer
     from dsv4.engine.engine import Engine
+    from dsv4.serve import listen
     from dsv4.serve.app import create_app
-    from dsv4.serve.listen import Server, bind, settings
     from dsv4.serve.service import Service
     from dsv4.testing.toys import tiny_model
     from dsv4.text.passages import OWN
@@ -112,9 +135,23 @@ def serve(told: Connection) -> None:
     engine = Engine(model, Limits(max_requests=32, step_tokens=512, cache_bytes=2 * MIB), tokenizer=tokenizer)
     options = ServeOptions(max_waiting=400)
     service = Service(engine, tokenizer, OWN, options, name="toy", created=0)
-    listener = bind(options.host, 0)
+    listener = listen.bind(options.host, 0)
     told.send((listener.getsockname()[1], engine.pool.num_free))
-    Server(settings(create_app(service), options)).run(sockets=[listener])
+    threading.Thread(target=tell_memory, args=(told,), daemon=True).start()
+    listen.Server(listen.settings(create_app(service), options)).run(sockets=[listener])
+
+
+def tell_memory(told: Connection) -> None:
+    """Say, as often as it is asked, how much of the C heap is in use, and how many blocks of Python's."""
+    names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    found = type("MallInfo", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in names]})
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is not None:
+        ask.restype = found
+    while True:
+        told.recv()
+        heap = ask() if ask is not None else found()
+        told.send((heap.uordblks + heap.hblkhd, sys.getallocatedblocks()))
 
 
 # ---- clients ----
@@ -129,8 +166,9 @@ async def clients(port: int, num: int, seconds: float, found: Found) -> None:
         while time.monotonic() < end:
             try:
                 found.done[await visit(port, generator)] += 1
-            except (OSError, asyncio.IncompleteReadError):
+            except OSError as error:
                 found.done["error"] += 1
+                print(f"a request failed: {error!r}", file=sys.stderr)
 
     await asyncio.gather(*[one(i) for i in range(num)])
 
@@ -151,7 +189,11 @@ async def visit(port: int, generator: random.Random) -> str:
         writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
         if stays:
             answer = await reader.read(-1)
-            return "read" if answer.startswith(b"HTTP/1.1 200 ") else "error"
+            if answer.startswith(b"HTTP/1.1 200 "):
+                return "read"
+            if answer.startswith(b"HTTP/1.1 429 "):  # of clients that have gone some wait for the step that runs
+                return "refused"
+            raise OSError(f"the server said {answer[:300]!r}")
         async with asyncio.timeout(2 * generator.random()):
             await reader.readexactly(generator.randint(1, 20_000))
         return "left"
@@ -161,7 +203,7 @@ async def visit(port: int, generator: random.Random) -> str:
         writer.close() if generator.random() < 0.5 else writer.transport.abort()
 
 
-async def health(port: int, path: str) -> str:
+async def ask(port: int, path: str) -> str:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
     answer = await reader.read(-1)
@@ -172,46 +214,59 @@ async def health(port: int, path: str) -> str:
 # ---- what is measured ----
 
 
-def look(pid: int, begun: float) -> Sample:
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    num_files = len(os.listdir(f"/proc/{pid}/fd"))
-    return Sample(time.monotonic() - begun, pages * os.sysconf("SC_PAGE_SIZE"), num_files)
+def look(server: Server, begun: float) -> Sample:
+    pages = int(Path(f"/proc/{server.pid}/statm").read_text(encoding="ascii").split()[1])
+    num_files = len(os.listdir(f"/proc/{server.pid}/fd"))
+    server.told.send(None)
+    return Sample(time.monotonic() - begun, pages * os.sysconf("SC_PAGE_SIZE"), num_files, *server.told.recv())
 
 
-async def soak(pid: int, port: int, num_pages: int, num_clients: int, seconds: float) -> Found:
-    """Let clients come and go; look at the process every second."""
-    await health(port, "/health")
+async def soak(server: Server, num_clients: int, seconds: float) -> Found:
+    """Let clients come and go, all leave after the warm-up, and come once more."""
     begun, found = time.monotonic(), Found()
-    found.files_before = look(pid, begun).num_files
-    work = asyncio.create_task(clients(port, num_clients, seconds, found))
+    await ask(server.port, "/health")
+    found.files_before = look(server, begun).num_files
+    await visits(server, num_clients, WARM_UP * seconds, found, begun)
+    found.warm, found.num_warm = await settled(server, found, begun), found.done.total()
+    await visits(server, num_clients, (1 - WARM_UP) * seconds, found, begun)
+    found.end = await settled(server, found, begun)
+    return found
+
+
+async def visits(server: Server, num_clients: int, seconds: float, found: Found, begun: float) -> None:
+    """Let clients come and go; look at the process every second."""
+    work = asyncio.create_task(clients(server.port, num_clients, seconds, found))
     while not work.done():
         await asyncio.wait({work}, timeout=1.0)
-        found.samples.append(look(pid, begun))
+        found.samples.append(look(server, begun))
         if len(found.samples) % 10 == 0:
-            print(_line(found), file=sys.stderr)
+            print(_line(found.samples[-1], found), file=sys.stderr)
     await work
-    warm = found.samples.copy()
-    end = time.monotonic() + SETTLE_S
+
+
+async def settled(server: Server, found: Found, begun: float) -> Sample:
+    """Wait until the server has given back everything, or for a time; look at it then."""
+    end, sample = time.monotonic() + SETTLE_S, look(server, begun)
     while time.monotonic() < end:
-        metrics = await health(port, "/metrics")
-        found.requests_now, free = (_metric(metrics, name) for name in ("dsv4_requests_now", "dsv4_free_pages"))
-        found.pages = (free, num_pages)
-        found.samples = [*warm, look(pid, begun)]
-        if not found.requests_now and free == num_pages and found.samples[-1].num_files <= found.files_before:
+        metrics = await ask(server.port, "/metrics")
+        found.requests_now, found.free_pages = (_metric(metrics, name) for name in METRICS)
+        await asyncio.sleep(0.5)
+        sample = look(server, begun)
+        if (found.requests_now, found.free_pages, sample.num_files) == (0, server.num_pages, found.files_before):
             break
-        await asyncio.sleep(0.2)
-    return found
+    return sample
 
 
 def _metric(text: str, name: str) -> int:
     return int(float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{name} "))))
 
 
-def _line(found: Found) -> str:
-    last = found.samples[-1]
+def _line(sample: Sample, found: Found) -> str:
     return (
-        f"{last.seconds:6.0f} s  {last.rss_bytes / MIB:7.1f} MiB  {last.num_files:4d} files  "
-        f"{found.done['read']:6d} read  {found.done['left']:6d} left  {found.done['error']:3d} failed"
+        f"{sample.seconds:6.0f} s  {sample.rss_bytes / MIB:7.1f} MiB held  {sample.heap_bytes / MIB:6.1f} MiB in use  "
+        f"{sample.num_blocks:7d} blocks  {sample.num_files:4d} files  "
+        f"{found.done['read']:6d} read  {found.done['left']:6d} left  {found.done['refused']:4d} refused  "
+        f"{found.done['error']:3d} failed"
     )
 
 
@@ -227,18 +282,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     process.start()
     try:
         port, num_pages = ours.recv()
-        assert process.pid is not None
-        found = asyncio.run(soak(process.pid, port, num_pages, options.clients, 60 * options.minutes))
+        assert process.pid is not None, "the server's process has no number; expected one that was started"
+        server = Server(process.pid, port, num_pages, ours)
+        found = asyncio.run(soak(server, options.clients, 60 * options.minutes))
     finally:
         process.terminate()
         process.join()
-    problems = found.problems(least_hours=0.5)
+    problems = found.problems(num_pages)
     if process.exitcode:
         problems.append(f"the server ended with {process.exitcode}")
-    print(_line(found))
+    for sample in (found.warm, found.end):
+        assert sample is not None, "the server was not looked at; expected two looks"
+        print(_line(sample, found))
     print(
-        f"{found.slope_mib_an_hour:+.1f} MiB an hour; {found.pages[0]} of {found.pages[1]} pages free, "
-        f"{found.requests_now} requests, {found.samples[-1].num_files - found.files_before} files left"
+        f"{found.mib_an_hour('rss_bytes'):+.1f} MiB an hour held, {found.mib_an_hour('heap_bytes'):+.1f} in use, "
+        f"{found.blocks_a_request:+.3f} blocks a request; {found.free_pages} of {num_pages} pages free, "
+        f"{found.requests_now} requests"
     )
     for problem in problems:
         print(f"leak: {problem}")
@@ -250,10 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(found: Found, problems: list[str], options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(), "machine": machine(), "minutes": options.minutes, "clients": options.clients,
-        "requests": dict(found.done), "slope_mib_an_hour": round(found.slope_mib_an_hour, 2),
-        "pages_free": found.pages[0], "pages": found.pages[1], "requests_now": found.requests_now,
-        "files_before": found.files_before, "problems": problems,
-        "samples": [asdict(one) for one in found.samples[:: max(1, len(found.samples) // 120)]],
+        "requests": dict(found.done), "rss_mib_an_hour": round(found.mib_an_hour("rss_bytes"), 2),
+        "heap_mib_an_hour": round(found.mib_an_hour("heap_bytes"), 2),
+        "blocks_a_request": round(found.blocks_a_request, 4),
+        "free_pages": found.free_pages, "requests_now": found.requests_now, "files_before": found.files_before,
+        "problems": problems, "warm": asdict(found.warm) if found.warm else None,
+        "end": asdict(found.end) if found.end else None,
+        "samples": [asdict(one) for one in found.samples[:: max(1, len(found.samples) // 60)]],
     }  # fmt: skip
 
 
