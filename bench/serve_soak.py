@@ -3,10 +3,10 @@
     python bench/serve_soak.py --minutes 10 --json bench/results/serve_soak.json
 
 A toy model behind the whole server, in a process of its own; 200 clients at a time in this one, of all protocols, each
-of which reads its answer to the end or leaves somewhere in it. A third of the time warms up; then all clients leave,
-and the server is looked at; and once more at the end. Exit code 1 if a page, a place or a file is not given back, or
-if between the two looks memory grew by more than a few MiB an hour: what the process holds, what of its C heap is in
-use (with glibc; holes do not blur that), and what Python's allocator has given out.
+of which reads its answer to the end or leaves somewhere in it. They come in rounds, between which the server is looked
+at without any; the first third of the rounds warms up. Exit code 1 if a page, a place or a file is not given back, or
+if memory grew by more than a few MiB an hour after that: what the process holds, what of its C heap is in use (with
+glibc; holes do not blur that), and what Python's allocator has given out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -43,7 +45,7 @@ STAYS = 0.3  # of the clients read their answer to the end
 MIB_AN_HOUR = 8.0  # that memory may grow by
 NOISE_MIB = {"rss_bytes": 4.0, "heap_bytes": 0.5}  # that it may grow by in a run of minutes: the heap tears slowly
 BLOCKS_A_REQUEST = 0.5  # of Python's allocator
-WARM_UP = 1 / 3  # of the time, in which memory may grow
+ROUNDS, WARM_UP_ROUNDS = 24, 8  # batches of every size have been met then, for each of which the engine keeps something
 SETTLE_S = 30.0  # for what is left at the end
 METRICS = ("dsv4_requests_now", "dsv4_free_pages")
 MIB = 2**20
@@ -149,7 +151,12 @@ def tell_memory(told: Connection) -> None:
     if ask is not None:
         ask.restype = found
     while True:
-        told.recv()
+        try:
+            if told.recv():
+                gc.collect()  # cycles wait for that until they are a quarter of all there is
+        except EOFError:  # who asks has gone, and the server goes too
+            signal.raise_signal(signal.SIGTERM)
+            return
         heap = ask() if ask is not None else found()
         told.send((heap.uordblks + heap.hblkhd, sys.getallocatedblocks()))
 
@@ -214,22 +221,25 @@ async def ask(port: int, path: str) -> str:
 # ---- what is measured ----
 
 
-def look(server: Server, begun: float) -> Sample:
+def look(server: Server, begun: float, *, collects: bool = False) -> Sample:
+    """A look at the server, from outside and, for its heap, from inside. collects: without its garbage."""
     pages = int(Path(f"/proc/{server.pid}/statm").read_text(encoding="ascii").split()[1])
     num_files = len(os.listdir(f"/proc/{server.pid}/fd"))
-    server.told.send(None)
+    server.told.send(collects)
     return Sample(time.monotonic() - begun, pages * os.sysconf("SC_PAGE_SIZE"), num_files, *server.told.recv())
 
 
 async def soak(server: Server, num_clients: int, seconds: float) -> Found:
-    """Let clients come and go, all leave after the warm-up, and come once more."""
+    """Let clients come and go, in rounds after each of which all leave."""
     begun, found = time.monotonic(), Found()
     await ask(server.port, "/health")
     found.files_before = look(server, begun).num_files
-    await visits(server, num_clients, WARM_UP * seconds, found, begun)
-    found.warm, found.num_warm = await settled(server, found, begun), found.done.total()
-    await visits(server, num_clients, (1 - WARM_UP) * seconds, found, begun)
-    found.end = await settled(server, found, begun)
+    for index in range(ROUNDS):
+        await visits(server, num_clients, seconds / ROUNDS, found, begun)
+        found.end = await settled(server, found, begun)
+        print(_line(found.end, found), file=sys.stderr)
+        if index < WARM_UP_ROUNDS:
+            found.warm, found.num_warm = found.end, found.done.total()
     return found
 
 
@@ -239,8 +249,6 @@ async def visits(server: Server, num_clients: int, seconds: float, found: Found,
     while not work.done():
         await asyncio.wait({work}, timeout=1.0)
         found.samples.append(look(server, begun))
-        if len(found.samples) % 10 == 0:
-            print(_line(found.samples[-1], found), file=sys.stderr)
     await work
 
 
@@ -251,7 +259,7 @@ async def settled(server: Server, found: Found, begun: float) -> Sample:
         metrics = await ask(server.port, "/metrics")
         found.requests_now, found.free_pages = (_metric(metrics, name) for name in METRICS)
         await asyncio.sleep(0.5)
-        sample = look(server, begun)
+        sample = look(server, begun, collects=True)
         if (found.requests_now, found.free_pages, sample.num_files) == (0, server.num_pages, found.files_before):
             break
     return sample

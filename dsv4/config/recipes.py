@@ -223,16 +223,16 @@ def chat() -> TrainConfig:
         base,
         init="runs/demo/model",
         data=replace(
-            base.data, source="conversations", tokenizer="init", num_conversations=9600, validation_fraction=0.1,
+            base.data, source="conversations", tokenizer="init", num_conversations=18_000, validation_fraction=0.1,
             fim_rate=0.0, split_rate=0.0,
         ),
-        optimizer=replace(base.optimizer, decay_fraction=0.6),
+        optimizer=replace(base.optimizer, peak_lr=8e-3, end_lr=4e-4, decay_fraction=0.8),
         stability=replace(base.stability, spike_deviations=20.0),  # kinds of conversations differ more than texts do
         batch=BatchConfig(start_tokens=2 * K, tokens=2 * K, ramp_tokens=0, micro_tokens=2 * K),
         run=RunConfig(
             checkpoint_steps=50, keep_checkpoints=2, validation_steps=100, validation_tokens=16 * K, sample_queries=16
         ),
-        phases=(Phase(name="chat-1k", tokens=1_000_000, sequence=K, attention="sparse"),),
+        phases=(Phase(name="chat-1k", tokens=1_600_000, sequence=K, attention="sparse"),),
     )  # fmt: skip
 
 

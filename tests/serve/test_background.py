@@ -544,7 +544,7 @@ def test_failures(service, state, monkeypatch, text, message):
 # ---- a process that dies ----
 
 
-LONG = {**SCHEMA, "properties": {"a": {"type": "string", "minLength": 120, "maxLength": 130}}}
+LONG = {**SCHEMA, "properties": {"a": {"type": "string", "minLength": 700, "maxLength": 710}}}
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from dsv4.data.conversations.draw import Draw
 
 SIGNS = {"+": "plus", "-": "minus"}
 TABLE = 10  # numbers below it are the tables, which are never held out
-TABLES = 0.4  # share of them among the easy sums of training
+TABLES, EASY = 0.15, 0.35  # shares of sums of two numbers of one digit, and of one such number; the others have none
 
 
 class Sum(NamedTuple):
@@ -30,19 +30,24 @@ class Sum(NamedTuple):
         return self.left + self.right if self.sign == "+" else self.left - self.right
 
     @property
+    def is_table(self) -> bool:
+        return max(self.left, self.right) < TABLE
+
+    @property
     def fact(self) -> str:
         """The same for both orders."""
         low, high = sorted((self.left, self.right))
         return f"{low} {self.sign} {high}"
 
 
-def draw_sum(draw: Draw, *, is_hard: bool) -> Sum:
-    """A sum of two numbers: both of two digits if it is hard, at most one of them otherwise."""
-    if is_hard:
-        return draw.fact(lambda: _draw(draw, draw.between(TABLE, 99)), lambda made: made.fact)
-    if draw.is_training and draw.chance(TABLES):
+def draw_sum(draw: Draw) -> Sum:
+    """A sum of two numbers of one or two digits. Tables are asked in training alone."""
+    kind = draw.share()
+    if draw.is_training and kind < TABLES:
         return _ordered(draw.below(TABLE), draw.choice("+-"), draw.below(TABLE))
-    return draw.fact(lambda: _draw(draw, draw.below(TABLE)), lambda made: made.fact)
+    if kind < TABLES + EASY:
+        return draw.fact(lambda: _draw(draw, draw.below(TABLE)), lambda made: made.fact)
+    return draw.fact(lambda: _draw(draw, draw.between(TABLE, 99)), lambda made: made.fact)
 
 
 def question(draw: Draw, asked: Sum) -> str:
@@ -55,9 +60,9 @@ def question(draw: Draw, asked: Sum) -> str:
     )
 
 
-def reasoning(asked: Sum) -> str:
-    """The digits, one step after the other."""
-    return _addition(asked) if asked.sign == "+" else _subtraction(asked)
+def working(asked: Sum) -> str:
+    """The sum again, then its digits, one step after the other."""
+    return f"{asked.text}: {_addition(asked) if asked.sign == '+' else _subtraction(asked)}"
 
 
 def _draw(draw: Draw, other: int) -> Sum:
@@ -73,7 +78,7 @@ def _ordered(left: int, sign: str, right: int) -> Sum:
 def _addition(asked: Sum) -> str:
     tens, ones = asked.left // 10 + asked.right // 10, asked.left % 10 + asked.right % 10
     steps = f"{asked.left % 10} + {asked.right % 10} = {ones}."
-    if max(asked.left, asked.right) < TABLE:
+    if asked.is_table:
         return steps
     carried = f" + {ones // 10}" if ones >= 10 else ""
     return f"{steps} {asked.left // 10} + {asked.right // 10}{carried} = {tens + ones // 10}."
@@ -83,7 +88,7 @@ def _subtraction(asked: Sum) -> str:
     upper, lower = asked.left % 10, asked.right % 10
     borrows = upper < lower
     steps = f"{upper + 10 * borrows} - {lower} = {upper + 10 * borrows - lower}."
-    if asked.left < TABLE:
+    if asked.is_table:
         return steps
     borrowed = " - 1" if borrows else ""
     left = asked.left // 10 - asked.right // 10 - borrows

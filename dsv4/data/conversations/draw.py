@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from dsv4.data.conversations.words import words
+from dsv4.data.conversations.words import REAL, words
 from dsv4.data.split import Split
 
 T = TypeVar("T")
@@ -81,7 +81,9 @@ class Draw:
 
     def name(self) -> str:
         """A made-up word of this side, such as ``velora``: nobody has seen it, so it can only be copied."""
-        return self.fact(self._syllables, str)
+        while (name := self.fact(self._syllables, str)) in REAL:
+            pass
+        return name
 
     def number(self) -> str:
         """Up to three digits, now and then as a price or a time, or with zeros before it."""
@@ -90,9 +92,12 @@ class Draw:
         form = self.choice(("{:03d}", "{:02d}", "{}.50", "{:02d}:45"))
         return form.format(self.below(100))
 
-    def word(self, words: Sequence[str]) -> str:
-        """One of these words that lies on this side."""
-        return self.fact(lambda: self.choice(words), str)
+    def called(self, words: Sequence[str], made_up: float) -> str:
+        """A made-up word in this share of the cases, otherwise one of these words.
+
+        Real words are not held out, as what is never written cannot be learnt to be written: validation has none.
+        """
+        return self.name() if self.chance(made_up) or not self.is_training else self.choice(words)
 
     def _syllables(self) -> str:
         count = 2 + self.chance(0.4)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from dsv4.data.conversations.draw import Draw
 from dsv4.data.conversations.words import COMMON
 
-MOST_WORDS = 8
 NUMBERS = 0.2  # share of words
 MADE_UP, CAPITAL = 0.4, 0.3  # shares of the others
 
@@ -20,14 +19,14 @@ class Echo(NamedTuple):
     answer: str
 
 
-def draw_echo(draw: Draw) -> Echo:
+def draw_echo(draw: Draw, most_words: int) -> Echo:
     """A question that only its own words answer."""
-    text = " ".join(_word(draw) for _ in range(draw.between(1, MOST_WORDS)))
+    text = " ".join(_word(draw) for _ in range(draw.between(1, most_words)))
     return Echo(draw.choice(ASKS).format(text), "I say it again.", text)
 
 
 def _word(draw: Draw) -> str:
     if draw.chance(NUMBERS):
         return draw.fact(draw.number, lambda number: f"word {number}")
-    word = draw.name() if draw.chance(MADE_UP) else draw.word(COMMON)
+    word = draw.called(COMMON, MADE_UP)
     return word.capitalize() if draw.chance(CAPITAL) else word

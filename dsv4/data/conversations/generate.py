@@ -24,25 +24,25 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 VERSION = 1  # of the conversations: a change of any of them raises it
 
-NUM_FIRST = 3200
-"""So many conversations of training come first, most of them words to say again. Who cannot copy yet learns
+NUM_FIRST = 3000
+"""So many conversations of training come first, most of them one or two words to say again. Who cannot copy yet learns
 little from a look-up: three in a hundred of its tokens are copied, forty of an echo's."""
 
 
 class Stage(NamedTuple):
-    """Shares of the kinds, and of the conversations that show thinking."""
+    """Shares of the kinds, and of the conversations that show thinking; words to say again at once, at most."""
 
     kinds: Mapping[Kind, float]
     thinking: float
+    most_words: int
 
 
-FIRST = Stage({"arithmetic": 0.22, "tools": 0.02, "json": 0.05, "echo": 0.66, "talk": 0.05}, thinking=0.2)
-REST = Stage({"arithmetic": 0.55, "tools": 0.11, "json": 0.15, "echo": 0.1, "talk": 0.09}, thinking=0.5)
+FIRST = Stage({"arithmetic": 0.08, "tools": 0.01, "json": 0.04, "echo": 0.83, "talk": 0.04}, thinking=0.1, most_words=2)
+REST = Stage({"arithmetic": 0.58, "tools": 0.09, "json": 0.12, "echo": 0.12, "talk": 0.09}, thinking=0.5, most_words=6)
 MAX_EFFORT = 0.15  # share of those with thinking
-HARD = 0.6  # share of hard sums, which are asked for with thinking alone
 NEW_TURN = 0.5  # the chance that a conversation goes on after a turn
 MOST_TURNS = 4
-MOST_SUMS = 8
+NO_CALL = 0.15  # share of turns that need no tool though there are some
 SYSTEMS = ("You are a helpful assistant.", "You are dsv4, a small model.", "Answer in a few words.", "Be brief.")
 
 
@@ -75,7 +75,8 @@ def conversation(
     thinks, hard = draw.chance(stage.thinking), draw.chance(MAX_EFFORT)
     thinking = thinks if thinking is None else thinking
     effort = "max" if thinking and hard else "high"
-    talk = _MAKERS[kind](draw, thinking)
+    talk = _Talk(draw, thinking, stage.most_words)
+    _MAKERS[kind](talk)
     return Conversation(
         kind=kind, thinking=thinking, effort=effort, messages=tuple(talk.messages), values=tuple(talk.values)
     )
@@ -84,10 +85,19 @@ def conversation(
 class _Talk:
     """Messages so far. Thoughts begin by saying the question again: what is needed is then near, and in words."""
 
-    def __init__(self, draw: Draw, thinking: bool, *first: Message) -> None:
-        self.draw, self.thinking = draw, thinking
-        self.messages, self.values = list(first), list[str]()
+    def __init__(self, draw: Draw, thinking: bool, most_words: int) -> None:
+        self.draw, self.thinking, self.most_words = draw, thinking, most_words
+        self.messages, self.values = list[Message](), list[str]()
         self.num_calls = 0
+
+    def begin(self, *first: Message) -> None:
+        self.messages += first
+
+    def num_turns(self) -> int:
+        turns = 1
+        while turns < MOST_TURNS and self.draw.chance(NEW_TURN):
+            turns += 1
+        return turns
 
     def user(self, text: str) -> None:
         self.messages.append(Message(role="user", content=text))
@@ -107,11 +117,16 @@ class _Talk:
         self.messages.append(Message(role="tool", content=use.result, tool_call_id=call.id))
         self.assistant(use.answer, f"It gives {use.result}.", use.value)
 
-    def sum(self, *, is_hard: bool = False) -> None:
-        asked = arithmetic.draw_sum(self.draw, is_hard=is_hard)
-        reason = f"{asked.text}: {arithmetic.reasoning(asked)}"
+    def sum(self) -> None:
+        """Of what is not in the tables the working is shown: as a thought, or without thinking in the answer."""
+        asked = arithmetic.draw_sum(self.draw)
+        working, result = arithmetic.working(asked), str(asked.value)
         self.user(arithmetic.question(self.draw, asked))
-        self.assistant(str(asked.value), reason, str(asked.value))
+        if not self.thinking and not asked.is_table:
+            result = f"{asked.text} = {result}"
+            self.assistant(f"{working} {result}", working, result)
+        else:
+            self.assistant(result, working, result)
 
     def small(self, *, other: bool = True) -> None:
         said = draw_talk(self.draw, other=other)
@@ -119,12 +134,9 @@ class _Talk:
         self.assistant(said.answer, f"{said.question} {said.reason}", said.answer)
 
     def echo(self) -> None:
-        echo = draw_echo(self.draw)
+        echo = draw_echo(self.draw, self.most_words)
         self.user(echo.question)
         self.assistant(echo.answer, echo.reason, echo.answer)
-
-    def goes_on(self, turn: int) -> bool:
-        return turn == 0 or (turn < MOST_TURNS and self.draw.chance(NEW_TURN))
 
 
 def _kind(draw: Draw, stage: Stage) -> Kind:
@@ -140,58 +152,47 @@ def _system(draw: Draw) -> tuple[Message, ...]:
     return (Message(role="system", content=draw.choice(SYSTEMS)),) if draw.chance(0.4) else ()
 
 
-def _arithmetic(draw: Draw, thinking: bool) -> _Talk:
-    """Of thinking only the last turn's stays in a conversation: sums before it are answered at once, and easy."""
-    talk = _Talk(draw, thinking, *_system(draw))
-    for _ in range(draw.below(MOST_SUMS)):
+def _arithmetic(talk: _Talk) -> None:
+    """With thinking a single sum: of earlier turns no thought would be left, and they would teach to guess."""
+    talk.begin(*_system(talk.draw))
+    for _ in range(1 if talk.thinking else talk.num_turns()):
         talk.sum()
-    talk.sum(is_hard=draw.chance(HARD) and thinking)
-    return talk
 
 
-def _tools(draw: Draw, thinking: bool) -> _Talk:
-    tools = draw_toolbox(draw)
-    system = draw.choice(SYSTEMS) if draw.chance(0.5) else ""
-    talk, turn = _Talk(draw, thinking, Message(role="system", content=system, tools=tools)), 0
-    while talk.goes_on(turn):
-        if draw.chance(0.15):
+def _tools(talk: _Talk) -> None:
+    draw, tools = talk.draw, draw_toolbox(talk.draw)
+    talk.begin(Message(role="system", content=draw.choice(SYSTEMS) if draw.chance(0.5) else "", tools=tools))
+    for _ in range(talk.num_turns()):
+        if draw.chance(NO_CALL):
             talk.small(other=False)
         else:
             talk.use(draw_use(draw, tools))
-        turn += 1
-    return talk
 
 
-def _json(draw: Draw, thinking: bool) -> _Talk:
-    asked = draw_object(draw)
+def _json(talk: _Talk) -> None:
+    draw, asked = talk.draw, draw_object(talk.draw)
     if asked.schema is None:
-        system = _system(draw)
+        talk.begin(*_system(draw))
     else:
         content = draw.choice(SYSTEMS) if draw.chance(0.4) else ""
-        system = (Message(role="system", content=content, response_format=asked.schema),)
-    talk = _Talk(draw, thinking, *system)
+        talk.begin(Message(role="system", content=content, response_format=asked.schema))
     talk.user(asked.question)
     talk.assistant(asked.answer, f"{asked.question} So: {asked.reason}.")
-    return talk
 
 
-def _echo(draw: Draw, thinking: bool) -> _Talk:
-    talk, turn = _Talk(draw, thinking, *_system(draw)), 0
-    while talk.goes_on(turn):
+def _echo(talk: _Talk) -> None:
+    talk.begin(*_system(talk.draw))
+    for _ in range(talk.num_turns()):
         talk.echo()
-        turn += 1
-    return talk
 
 
-def _small(draw: Draw, thinking: bool) -> _Talk:
-    talk, turn = _Talk(draw, thinking, *_system(draw)), 0
-    while talk.goes_on(turn):
+def _small(talk: _Talk) -> None:
+    talk.begin(*_system(talk.draw))
+    for _ in range(talk.num_turns()):
         talk.small()
-        turn += 1
-    return talk
 
 
-_MAKERS: dict[Kind, Callable[[Draw, bool], _Talk]] = {
+_MAKERS: dict[Kind, Callable[[_Talk], None]] = {
     "arithmetic": _arithmetic,
     "tools": _tools,
     "json": _json,

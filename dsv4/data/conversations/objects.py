@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dsv4.data.conversations.arithmetic import draw_sum
 from dsv4.data.conversations.draw import Draw
 from dsv4.data.conversations.words import CITIES, COLOURS, COMMON, DRINKS, PEOPLE, THINGS
 
@@ -39,8 +38,6 @@ class Asked(NamedTuple):
 
 def draw_object(draw: Draw) -> Asked:
     """A question for a JSON object."""
-    if draw.chance(0.1):
-        return _sum(draw)
     subject, fields = _person(draw) if draw.chance(0.5) else _thing(draw)
     fields = draw.some(fields, draw.between(1, MOST_FIELDS))
     told = draw.some(fields, len(fields)) if draw.chance(OTHER_ORDER) else fields
@@ -55,21 +52,15 @@ def draw_object(draw: Draw) -> Asked:
     return _asked(text, schema, asked)
 
 
-def _sum(draw: Draw) -> Asked:
-    asked = draw_sum(draw, is_hard=False)
-    field = Field("result", "integer", asked.value, "")
-    return _asked(f"What is {asked.text}?", _schema(draw, [field]), [field])
-
-
 def _asked(text: str, schema: dict[str, Any] | None, fields: Sequence[Field]) -> Asked:
     answer = json.dumps({field.name: field.value for field in fields})
     return Asked(text, schema, ", ".join(f"{field.name} {_plain(field.value)}" for field in fields), answer)
 
 
 def _person(draw: Draw) -> tuple[Field, list[Field]]:
-    name = draw.name().capitalize() if draw.chance(MADE_UP) else draw.word(PEOPLE)
+    name = draw.called(PEOPLE, MADE_UP).capitalize()
     age, drink = draw.below(100), draw.choice(DRINKS)
-    city = draw.name().capitalize() if draw.chance(MADE_UP) else draw.word(CITIES)
+    city = draw.called(CITIES, MADE_UP).capitalize()
     is_member = draw.chance(0.5)
     return Field("name", "string", name, ""), [
         Field("age", "integer", age, f"is {age} years old"),
@@ -80,7 +71,7 @@ def _person(draw: Draw) -> tuple[Field, list[Field]]:
 
 
 def _thing(draw: Draw) -> tuple[Field, list[Field]]:
-    name = draw.name() if draw.chance(MADE_UP) else draw.word(THINGS if draw.chance(0.5) else COMMON)
+    name = draw.called(THINGS if draw.chance(0.5) else COMMON, MADE_UP)
     price, colour, weight, count = draw.below(1000), draw.choice(COLOURS), draw.below(100), draw.below(1000)
     return Field("item", "string", name, ""), [
         Field("price", "integer", price, f"costs {price} euros"),

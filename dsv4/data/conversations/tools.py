@@ -19,6 +19,7 @@ NOUNS = words(
     """price colour weight owner capital age size stock code phone height width speed title language currency rating
     address email number"""
 )
+FIND = ("Find", "Look up")
 LOOKUP, CALCULATOR, CLOCK = "lookup", "calculator", "clock"
 MOST_TOOLS = 3
 PAGE = 0.5  # share of toolboxes with the page's tools
@@ -99,7 +100,7 @@ def _lookup(draw: Draw, tool: Tool) -> Use:
     what = f"the {noun} of {key}" if named else key
     if is_table:
         key = what.removeprefix("the ")
-    asks = (f"What is {what}?", f"Look up {what}.", f"{what}?", f"Tell me {what}.", f"Find {what}.", f"what is {what}")
+    asks = (f"What is {what}?", f"{what}?", f"Tell me {what}.", f"what is {what}", f"{FIND[is_table]} {what}.")
     if draw.chance(MISSING):
         result, answer, value = "not found", f"I found nothing for {key}.", f"found nothing for {key}"
     else:
@@ -112,16 +113,13 @@ def _lookup(draw: Draw, tool: Tool) -> Use:
 
 
 def draw_key(draw: Draw, noun: str) -> str:
-    """A made-up word or a real one, of two words now and then."""
-    if draw.chance(MADE_UP):
-        name = draw.name()
-        return name.capitalize() if draw.chance(0.3) else name
+    """What is looked up, of two words now and then."""
     if noun == "capital":
-        return draw.word(PLACES)
+        return draw.called(PLACES, MADE_UP).capitalize()
     if noun in ("age", "phone"):
-        return draw.word(PEOPLE)
-    thing = draw.word(THINGS if draw.chance(0.5) else COMMON)
-    return f"{draw.choice((*COLOURS, 'the', 'the', 'the'))} {thing}" if draw.chance(0.3) else thing
+        return draw.called(PEOPLE, MADE_UP).capitalize()
+    key = draw.called(THINGS if draw.chance(0.5) else COMMON, MADE_UP)
+    return f"{draw.choice((*COLOURS, 'the', 'the', 'the'))} {key}" if draw.chance(0.15) else key
 
 
 def _value(draw: Draw, noun: str) -> str:

@@ -109,3 +109,6 @@ COMMON = words(
     yet yield young youth zero zoo"""
 )
 """For copying: so many that most parts that words are read in occur among them."""
+
+REAL = frozenset(word.lower() for word in (*THINGS, *PLACES, *CITIES, *PEOPLE, *COLOURS, *DRINKS, *DAYS, *COMMON))
+"""No made-up word is one of them."""

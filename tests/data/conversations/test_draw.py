@@ -1,10 +1,12 @@
 """A draw is a function of side and index, and its facts lie on its side."""
 
+import re
 from collections import Counter
 
 import pytest
 
 from dsv4.data.conversations.draw import Draw, side_of
+from dsv4.data.conversations.words import REAL
 
 WORDS = tuple(f"word{i}" for i in range(2000))
 
@@ -40,7 +42,7 @@ def test_facts_lie_on_one_side_and_the_share_is_kept():
     assert held_out < {word for word in WORDS if side_of(word, 0.2) == "validation"}
     for side, others in (("train", held_out), ("validation", set(WORDS) - held_out)):
         draw = Draw(side, 0, 0.1)
-        assert not others & {draw.word(WORDS) for _ in range(300)}
+        assert not others & {draw.fact(lambda draw=draw: draw.choice(WORDS), str) for _ in range(300)}
 
 
 def test_made_up_names_are_words_of_their_side():
@@ -48,8 +50,25 @@ def test_made_up_names_are_words_of_their_side():
     assert not names["train"] & names["validation"]
     assert all(name.isalpha() and name.islower() for name in names["train"])
     assert len(names["train"]) > 290
+    assert not REAL & {Draw("train", index, 0.2).name() for index in range(5000)}
+
+
+def test_real_words_are_for_training():
+    called = {
+        side: [Draw(side, index, 0.2).called(("tea", "milk"), 0.5) for index in range(300)]
+        for side in ("train", "validation")
+    }
+    assert 100 < sum(word in ("tea", "milk") for word in called["train"]) < 200
+    assert not {*called["validation"]} & {"tea", "milk", *called["train"]}
+
+
+def test_numbers_of_one_to_three_digits_and_forms():
+    numbers = {Draw("train", index, 0.1).number() for index in range(500)}
+    assert {len(number) for number in numbers} >= {1, 2, 3, 5}
+    assert any(number.endswith(":45") for number in numbers)
+    assert all(re.fullmatch(r"[0-9:.]+", number) for number in numbers)
 
 
 def test_a_side_without_facts_is_refused():
     with pytest.raises(ValueError, match=r"share of held-out facts is 0\.0; expected one that leaves facts like 'b'"):
-        Draw("validation", 0, 0.0).word(("b",))
+        Draw("validation", 0, 0.0).fact(lambda: "b", str)
