@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from itertools import chain, islice, product
 from statistics import mean, median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -22,7 +25,6 @@ from dsv4.cli.bench_setup import (
     model_config,
     notes,
     open_model,
-    random_prompts,
     save,
 )
 from dsv4.cli.serve import require_packages
@@ -43,32 +45,44 @@ LEAST_PROMPT = 16  # tokens: what stands around a text, and some letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+class Load(NamedTuple):
+    """What the clients ask for."""
+
+    prompt_tokens: int
+    output_tokens: int
+    requests: int
+
+
 def bench_serve(
     model: ModelName = "bench-engine",
     concurrency: tuple[int, ...] = (1, 8, 64),
     prompt_tokens: int = 128,
     output_tokens: int = 64,
+    requests: int = 2,
     rounds: int = 5,
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
 ) -> None:
     """Measure chat streams of the server beside the same requests of the bare engine, in turn.
 
-    The client has a process of its own, on the same cores. Prompts are random, and no answer ends before its length.
+    Every client asks again as soon as it has its answer. It has a process of its own, on the same cores. Prompts are
+    random, and no answer ends before its length, which lies between half and one and a half of what is said.
 
     Args:
         model: a preset, which gets random weights, or the folder of a run or checkpoint.
-        concurrency: streams at once.
+        concurrency: clients at once.
         prompt_tokens: tokens of each prompt.
-        output_tokens: tokens of each answer.
+        output_tokens: tokens of an answer, on average.
+        requests: of each client, one after the other.
         rounds: how often each is measured; the median counts.
     """
     require_packages()
     config = model_config(model)
-    values = {"rounds": rounds, "concurrency": min(concurrency, default=0)}
-    for name, value, least in (("prompt", prompt_tokens, LEAST_PROMPT), ("output", output_tokens, 2)):
+    values = {"rounds": rounds, "requests": requests, "concurrency": min(concurrency, default=0)}
+    for name, value, least in (("prompt", prompt_tokens, LEAST_PROMPT), ("output", output_tokens, 4)):
         if value < least:
             raise ValueError(f"--{name}-tokens is {value}; expected at least {least}")
-    check_options(options, at_least_one=values, config=config, longest=prompt_tokens + output_tokens)
+    longest = prompt_tokens + 3 * output_tokens // 2
+    check_options(options, at_least_one=values, config=config, longest=longest)
     console = notes()
     with console.status("preparing"):
         from dsv4.accounting.cache import page_bytes
@@ -79,11 +93,12 @@ def bench_serve(
         most = max(concurrency)
         limits = Limits(
             max_requests=most, step_tokens=max(options.step_tokens, most), cache_format=options.cache_format,
-            cache_bytes=most * pages_of(prompt_tokens + output_tokens) * page_bytes(config, _row_format(options)),
+            cache_bytes=most * pages_of(longest) * page_bytes(config, _row_format(options)),
         )  # fmt: skip
         service = _service(transformer, limits)
-    results |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "rounds": rounds}
-    found = asyncio.run(_run(service, concurrency, prompt_tokens, output_tokens, rounds, options.seed, console))
+    load = Load(prompt_tokens, output_tokens, requests)
+    results |= {**load._asdict(), "rounds": rounds}
+    found = asyncio.run(_run(service, concurrency, load, rounds, options.seed, console))
     save(options.json, results | {"cases": found})
     _print(results, found)
 
@@ -121,13 +136,7 @@ def made_up_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 async def _run(
-    service: Service,
-    concurrency: Sequence[int],
-    prompt_tokens: int,
-    output_tokens: int,
-    rounds: int,
-    seed: int,
-    console: Console,
+    service: Service, concurrency: Sequence[int], load: Load, rounds: int, seed: int, console: Console
 ) -> list[dict[str, Any]]:
     import uvicorn
 
@@ -143,7 +152,7 @@ async def _run(
         found = []
         for streams in concurrency:
             with console.status(f"measuring {streams} streams"):
-                found.append(await _case(service, client, streams, prompt_tokens, output_tokens, rounds, seed))
+                found.append(await _case(service, client, streams, load, rounds, seed))
         return found
     finally:
         client.close()
@@ -151,29 +160,36 @@ async def _run(
         await running
 
 
-async def _case(
-    service: Service, client: Client, streams: int, prompt_tokens: int, output_tokens: int, rounds: int, seed: int
-) -> dict[str, Any]:
+async def _case(service: Service, client: Client, streams: int, load: Load, rounds: int, seed: int) -> dict[str, Any]:
     """Measure the engine and the server in turn, after a round that warms both up."""
     from dsv4.serve.load import measure
 
-    bare, served = [], []
-    sampling = Sampling(max_tokens=output_tokens, temperature=0, ignore_eos=True)
+    pairs = []
     for turn in range(rounds + 1):
-        texts = _texts(service, streams, prompt_tokens, seed + turn)
-        prompts = [service.prompts.ids(_encoded(service, text)) for text in texts]
-        bodies = [_body(text, output_tokens) for text in texts]
-        works = [lambda ids=ids: service.engine.stream(ids, sampling, salt=b"bare") for ids in prompts]
-        bare.append(await measure(works))
-        served.append(await client.measure(PATH, bodies))
-    return _summary(streams, output_tokens, bare[1:], served[1:])
+        asked = [_plan(service, load, seed + turn, index) for index in range(streams)]
+        works = [[_stream(service, text, count) for text, count in plan] for plan in asked]
+        bodies = [[_body(text, count) for text, count in plan] for plan in asked]
+        counts = [count for plan in asked for _, count in plan]
+        engine = await _side(measure(works), counts)
+        pairs.append((engine, await _side(client.measure(PATH, bodies), counts)))
+    return _summary(streams, pairs[1:])
 
 
-def _texts(service: Service, count: int, num_tokens: int, seed: int) -> list[str]:
-    """Texts of letters, each a token, that make prompts of so many tokens."""
-    room = num_tokens - len(service.prompts.ids(_encoded(service, "")))
-    drawn = random_prompts(service.engine.model.config, count, room, seed)
-    return ["".join(LETTERS[i % 26] for i in one) for one in drawn]
+def _plan(service: Service, load: Load, seed: int, index: int) -> list[tuple[str, int]]:
+    """What one client asks for, in turn: texts of letters, each a token, and the tokens of the answers."""
+    drawn = random.Random(f"{seed} {index}")
+    room = load.prompt_tokens - len(service.prompts.ids(_encoded(service, "")))
+    half = load.output_tokens // 2
+    return [
+        ("".join(drawn.choices(LETTERS, k=room)), load.output_tokens + drawn.randint(-half, half))
+        for _ in range(load.requests)
+    ]
+
+
+def _stream(service: Service, text: str, output_tokens: int) -> Callable[[], AsyncIterator[object]]:
+    prompt_ids = service.prompts.ids(_encoded(service, text))
+    sampling = Sampling(max_tokens=output_tokens, temperature=0, ignore_eos=True)
+    return partial(service.engine.stream, prompt_ids, sampling, salt=b"bare")
 
 
 def _encoded(service: Service, text: str) -> Any:
@@ -190,28 +206,36 @@ def _body(text: str, output_tokens: int) -> bytes:
     }).encode()  # fmt: skip
 
 
-def _summary(streams: int, output_tokens: int, bare: list[Measured], served: list[Measured]) -> dict[str, Any]:
+async def _side(work: Awaitable[Measured], counts: Sequence[int]) -> dict[str, float]:
+    """What one side took. loop_token_us: processor time of the event loop's thread."""
+    begun = time.thread_time()
+    measured = await work
+    loop = time.thread_time() - begun
+    timed = list(zip(measured.timings, counts, strict=True))
+    return {
+        "first_token_ms": 1000 * mean(one.first_s for one, _ in timed),
+        "token_ms": 1000 * mean((one.last_s - one.first_s) / (count - 1) for one, count in timed),
+        "tokens_per_second": sum(counts) / measured.seconds,
+        "loop_token_us": 1e6 * loop / sum(counts),
+    }
+
+
+def _summary(streams: int, pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
+    engines, servers = zip(*pairs, strict=True)
     found: dict[str, Any] = {"streams": streams}
-    for name, runs in (("engine", bare), ("server", served)):
-        firsts = [1000 * mean(t.first_s for t in run.timings) for run in runs]
-        others = [1000 * mean((t.last_s - t.first_s) / (output_tokens - 1) for t in run.timings) for run in runs]
-        found[name] = {
-            "first_token_ms": median(firsts), "token_ms": median(others),
-            "tokens_per_second": median(streams * output_tokens / run.seconds for run in runs),
-        }  # fmt: skip
-    pairs = list(zip(bare, served, strict=True))
-    found["added_to_first_token_ms"] = median(
-        1000 * (mean(t.first_s for t in b.timings) - mean(t.first_s for t in a.timings)) for a, b in pairs
-    )
-    found["throughput_ratio"] = median(a.seconds / b.seconds for a, b in pairs)
-    return found
+    for name, sides in (("engine", engines), ("server", servers)):
+        found[name] = {figure: median(side[figure] for side in sides) for figure in sides[0]}
+    found["added_to_first_token_ms"] = median(b["first_token_ms"] - a["first_token_ms"] for a, b in pairs)
+    ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in pairs]
+    return found | {"throughput_ratio": median(ratios), "throughput_ratios": ratios}
 
 
 def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(describe(results))
     console.print(
-        f"prompts of {results['prompt_tokens']} tokens, answers of {results['output_tokens']}; medians of rounds"
+        f"prompts of {results['prompt_tokens']} tokens, answers of about {results['output_tokens']}, "
+        f"{plural(results['requests'], 'request')} a client; medians of {plural(results['rounds'], 'round')}"
     )
     for case in found:
         engine, server = case["engine"], case["server"]
@@ -219,5 +243,6 @@ def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
             f"{plural(case['streams'], 'stream')}: first token {server['first_token_ms']:.1f} ms, "
             f"{case['added_to_first_token_ms']:+.1f} to the engine's; a token {server['token_ms']:.2f} ms, "
             f"the engine's {engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, "
-            f"{case['throughput_ratio']:.3f} of the engine's"
+            f"{case['throughput_ratio']:.3f} of the engine's; {server['loop_token_us']:.0f} us of the event loop "
+            f"a token, the engine's {engine['loop_token_us']:.0f}"
         )

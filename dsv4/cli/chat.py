@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -181,8 +181,8 @@ async def _turn(talk: Chat, console: Console) -> Collected:
         effort="high" if talk.effort == "off" else talk.effort, sampling=replace(talk.sampling, seed=seed),
     )  # fmt: skip
     begun = time.perf_counter()
-    told = [one async for one in _shown(talk.service.answer(talk.service.prepare(turn), ""), console)]
-    found = gather(told)
+    answer = talk.service.answer(await talk.service.prepare(turn), "")
+    found = gather([one async for one in _shown(answer, console)])
     rate = found.usage.num_output / (time.perf_counter() - begun)
     console.print(
         f"\n{found.usage.num_output} tokens, {rate:.0f} a second; {found.usage.num_cached} of "
@@ -192,12 +192,12 @@ async def _turn(talk: Chat, console: Console) -> Collected:
     return found
 
 
-async def _shown(told: AsyncIterator[Told], console: Console) -> AsyncIterator[Told]:
+async def _shown(answer: AsyncIterator[Sequence[Told]], console: Console) -> AsyncIterator[Told]:
     """Print thinking dim and content plain."""
     from dsv4.text.parse import Content, Note, Reasoning
 
     was_thinking = False
-    async for one in told:
+    async for one in (one async for news in answer for one in news):
         if isinstance(one, Reasoning):
             console.print(one.text, style="dim italic", end="", markup=False)
             was_thinking = True

@@ -18,7 +18,7 @@ from dsv4.config.serve import ServeOptions
 if TYPE_CHECKING:
     from dsv4.serve.service import Service
 
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance")
 OPTIONS, SERVING = ServeOptions(), Serving(precision="bfloat16")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Self, TypeVar, cast
 
 import numpy as np
@@ -30,7 +31,7 @@ from dsv4.engine.prefix import PrefixIndex
 from dsv4.engine.request import Request
 from dsv4.engine.runner import Runner, State
 from dsv4.engine.running import Mask, Running
-from dsv4.engine.sample import LogProbabilities
+from dsv4.engine.sample import LogProbabilities, NoTokenError
 from dsv4.engine.scheduler import Scheduler
 from dsv4.engine.speculation import Drafts
 from dsv4.engine.step import Admitted, Entry, Event, Filled, KeepState
@@ -103,7 +104,8 @@ class Engine:
         if self._is_known(id):
             raise ValueError(f"request id is {id!r}; expected one of no other request that was not taken")
         request = Request(id=id, prompt_ids=prompt_ids, sampling=sampling, seed=seed, salt=salt)
-        self._enter(request, mask)
+        if reason := self._enter(request, mask):
+            raise ValueError(f"request {id}: {reason}")
         self._journal.add(request, has_mask=mask is not None)
         try:
             self._journal.commit()
@@ -115,8 +117,9 @@ class Engine:
     def resume(self, masks: Mapping[str, Mask] | None = None) -> list[str]:
         """Take over the requests of the log that nobody has taken; return their ids, in the order they came.
 
-        The outputs of those that had not ended go on where they stopped. The others can be taken at once. masks: by
-        id, of all requests that had one and have not ended.
+        The outputs of those that had not ended go on where they stopped. The others can be taken at once; so can what
+        does not fit into the limits of now, which ends with an error that says why. masks: by id, of all requests that
+        had one and have not ended.
         """
         if self.limits.log is None:
             raise ValueError("limits.log is None; expected the path of a log to resume from")
@@ -170,11 +173,13 @@ class Engine:
         self._untold = [piece for piece in self._untold if piece.id != id]
         return self._end(self._running[id], Piece(id=id, token_ids=(), text=""))
 
-    def _enter(self, request: Request, mask: Mask | None, logprobs: Sequence[LogProbabilities] = ()) -> None:
+    def _enter(self, request: Request, mask: Mask | None, logprobs: Sequence[LogProbabilities] = ()) -> str:
+        """Let a request wait; if it can never run, return why instead."""
         refused = self.scheduler.add(request)
         if refused is not None:
-            raise ValueError(f"request {request.id}: {refused.reason}")
+            return refused.reason
         self._running[request.id] = self._new_running(request, mask, logprobs)
+        return ""
 
     def _new_running(self, request: Request, mask: Mask | None, logprobs: Sequence[LogProbabilities]) -> Running:
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.sampling.stop)
@@ -185,13 +190,17 @@ class Engine:
 
     def _take_over(self, found: Found, mask: Mask | None) -> None:
         """Go on with a request of the log, or have what came of it."""
-        request = found.request
+        request, error = found.request, found.error
+        nothing = Piece(id=request.id, token_ids=(), text="")
         if not request.is_finished:
-            self._enter(request, mask, found.logprobs)
-            return
+            reason = self._enter(request, mask, found.logprobs)
+            if not reason:
+                return
+            request.finish, error = "error", NoTokenError(f"request {request.id}: {reason}")
+            self._journal.end(replace(nothing, finish="error", error=error))
         running = self._new_running(request, None, found.logprobs)
-        running.error = found.error
-        running.completion.add(running.last(Piece(id=request.id, token_ids=(), text="")))
+        running.error = error
+        running.completion.add(running.last(nothing))
         self._ended[request.id] = running.completion
 
     def _is_known(self, id: str) -> bool:

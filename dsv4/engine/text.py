@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders
@@ -23,6 +24,14 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {
     chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
 }
 """The byte that each character of a byte-level token stands for: itself if it can be printed, else one past 255."""
+
+
+@lru_cache(maxsize=2**17)
+def spelling(token: str) -> bytes:
+    """The bytes of a byte-level token, which may be part of a character; of an added token, its name as it is."""
+    if all(character in BYTES for character in token):
+        return bytes(BYTES[character] for character in token)
+    return token.encode()
 
 
 class Detokenizer:
@@ -56,11 +65,7 @@ class Detokenizer:
 
     def _bytes(self, token_id: int) -> bytes:
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        if all(character in BYTES for character in token):
-            return bytes(BYTES[character] for character in token)
-        return token.encode()  # an added token, spelt as it is
+        return b"" if token is None else spelling(token)
 
 
 class StopFinder:

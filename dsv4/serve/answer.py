@@ -47,8 +47,11 @@ class AnswerReader:
     def reasoning(self) -> str:
         return "".join(self._reasoning)
 
-    def read(self, piece: Piece, num_cached: int) -> Iterator[Told]:
-        """Yield what a piece tells. After ``Ended``, ``is_done``: what the engine still gives is not wanted."""
+    def read(self, piece: Piece, num_cached: int) -> list[Told]:
+        """Return what a piece tells. After ``Ended``, ``is_done``: what the engine still gives is not wanted."""
+        return list(self._read(piece, num_cached))
+
+    def _read(self, piece: Piece, num_cached: int) -> Iterator[Told]:
         yield from self._count(piece)
         text = self._detokenizer.push(token for token in piece.token_ids if token != self._eos)
         events = self._parser.push(text) if text else []

@@ -27,9 +27,9 @@ class Collected:
     usage: Usage = field(default_factory=Usage)
 
 
-async def collect(told: AsyncIterator[Told]) -> Collected:
+async def collect(answer: AsyncIterator[Sequence[Told]]) -> Collected:
     """Put an answer together as it comes."""
-    return gather([one async for one in told])
+    return gather([told async for news in answer for told in news])
 
 
 def gather(told: Iterable[Told]) -> Collected:

@@ -24,13 +24,14 @@ from dsv4.serve.chat_completions import ChatAnswer, ChatRequest, turn_of
 from dsv4.serve.completions import CompletionAnswer, CompletionRequest
 from dsv4.serve.errors import ApiError
 from dsv4.serve.guard import KEY, Guard, dialect_of, failure
-from dsv4.serve.messages import MessageAnswer, check_name, count_tokens
+from dsv4.serve.messages import MessageAnswer, count_tokens
 from dsv4.serve.messages_request import CountRequest, MessagesRequest
+from dsv4.serve.messages_request import turn_of as messages_turn
 from dsv4.serve.metrics import CONTENT_TYPE
-from dsv4.serve.models import check_model, model_list, one_model, thinks
+from dsv4.serve.models import check_model, check_name, model_list, one_model, thinks
 from dsv4.serve.page import CONTENT_SECURITY_POLICY, page_files
 from dsv4.serve.respond import Events, Later, dumps
-from dsv4.serve.responses import ResponsesAnswer
+from dsv4.serve.responses import ResponsesAnswer, asked_turn
 from dsv4.serve.responses_request import ResponsesRequest
 from dsv4.serve.schema import Loose
 from dsv4.serve.service import Service
@@ -56,7 +57,7 @@ class Answered:
 
     def __call__(self, answer: Any, request: Request, *, stream: bool) -> Response:
         """The answer whole, or as events; both stop when the client goes."""
-        dialect = dialect_of(request.url.path)
+        dialect = dialect_of(request.scope)
         limits = {"keep_alive_s": self._options.keep_alive_s, "limit_s": self._options.request_timeout_s}
         if stream:
             silence = {"silence": answer.silence} if hasattr(answer, "silence") else {}
@@ -96,7 +97,7 @@ def create_app(service: Service) -> ASGIApp:
     # Outermost: browsers ask without a key whether they may ask, and must be allowed to read what the guard says.
     return CORSMiddleware(
         guard, allow_origins=options.cors_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],
-        expose_headers=["retry-after", "x-request-id"],
+        expose_headers=["retry-after", "x-request-id", "request-id"],
     )  # fmt: skip
 
 
@@ -109,9 +110,9 @@ def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/beta/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         check_model(service, body.model)
-        turn = turn_of(body, thinks_by_default=thinks(body.model))
+        prepared = await service.prepare(turn_of(body, thinks_by_default=thinks(body.model)))
         answer = ChatAnswer(
-            service, body, turn, key=request.scope[KEY], id="chatcmpl-" + secrets.token_hex(12), created=_now()
+            service, body, prepared, key=request.scope[KEY], id="chatcmpl-" + secrets.token_hex(12), created=_now()
         )
         return answered(answer, request, stream=body.stream)
 
@@ -134,7 +135,8 @@ def _add_messages(app: FastAPI, service: Service) -> None:
     @app.post("/anthropic/messages", include_in_schema=False)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         check_name(service, body.model)
-        answer = MessageAnswer(service, body, key=request.scope[KEY], id="msg_" + secrets.token_hex(12))
+        prepared = await service.prepare(messages_turn(body))
+        answer = MessageAnswer(service, body, prepared, key=request.scope[KEY], id="msg_" + secrets.token_hex(12))
         return answered(answer, request, stream=bool(body.stream))
 
     @app.post("/v1/messages/count_tokens", responses=openapi.TOKENS)
@@ -155,7 +157,8 @@ def _add_responses(app: FastAPI, service: Service, background: Background) -> No
         asked = {"key": request.scope[KEY], "id": "resp_" + secrets.token_hex(12), "created": _now()}
         if body.background:
             return Response(dumps(await background.add(body, **asked)), media_type="application/json")
-        return answered(ResponsesAnswer(service, body, **asked), request, stream=bool(body.stream))
+        answer = ResponsesAnswer(service, body, await service.prepare(asked_turn(body)), **asked)
+        return answered(answer, request, stream=bool(body.stream))
 
     @app.get("/v1/responses/{id}", responses=openapi.BACKGROUND)
     @app.get("/responses/{id}", include_in_schema=False)
@@ -176,14 +179,16 @@ def _add_responses(app: FastAPI, service: Service, background: Background) -> No
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", responses=openapi.whole("object", "data"))
+    @app.get("/v1/models", responses=openapi.whole("data"))
     @app.get("/models", include_in_schema=False)
-    async def models() -> dict[str, Any]:
-        return model_list(service)
+    @app.get("/anthropic/v1/models", include_in_schema=False)
+    async def models(request: Request) -> dict[str, Any]:
+        return model_list(service, dialect_of(request.scope))
 
-    @app.get("/v1/models/{name}", responses=openapi.whole("id", "object", "created", "owned_by"))
-    async def model(name: str) -> dict[str, Any]:
-        return one_model(service, name)
+    @app.get("/v1/models/{name}", responses=openapi.whole("id"))
+    @app.get("/anthropic/v1/models/{name}", include_in_schema=False)
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        return one_model(service, name, dialect_of(request.scope))
 
     @app.get("/health", responses=openapi.whole("status", "model", "requests"))
     async def health() -> dict[str, Any]:
@@ -232,7 +237,7 @@ def _file(content: bytes, media_type: str, headers: dict[str, str]) -> Any:
 
 def _add_errors(app: FastAPI) -> None:
     def answer(request: Request, error: ApiError) -> Response:
-        body = dumps(error.body(dialect_of(request.url.path)))
+        body = dumps(error.body(dialect_of(request.scope)))
         return Response(body, error.status, error.headers, media_type="application/json")
 
     @app.exception_handler(ApiError)

@@ -71,7 +71,7 @@ class Background:
             return
         runs = {}
         for record in [] if self._records is None else self._records.unfinished():
-            run = self._found(record)
+            run = await self._found(record)
             if run is not None:
                 runs[record.id] = run
         masked = [one.id for one in recover(path) if one.has_mask and one.finish is None]
@@ -84,12 +84,12 @@ class Background:
             add = None if has_ended else self._known(id) if id in ids else self._new(run)
             self._begin(run, add)
 
-    def _found(self, record: Record) -> _Run | None:
+    async def _found(self, record: Record) -> _Run | None:
         """A record that has not ended, ready to run; if that is not possible any more, it is stored as failed."""
         assert self._records is not None, "there are no records; expected a folder"
         try:
             request = ResponsesRequest.model_validate(record.request)
-            return self._run_of(record, request, self._service.prepare(asked_turn(request)))
+            return self._run_of(record, request, await self._service.prepare(asked_turn(request)))
         except (ApiError, ValidationError) as error:
             log.warning("response %s cannot be gone on with: %s", record.id, error)
             self._records.write(replace(record, response=_lost(record, str(error))))
@@ -118,7 +118,7 @@ class Background:
             raise ApiError(
                 400, "store is false with background; expected true: the response waits to be fetched", param="store"
             )
-        prepared = self._service.prepare(asked_turn(request))
+        prepared = await self._service.prepare(asked_turn(request))
         self._service.admission.check(key)
         seed = prepared.sampling.seed
         record = Record(
@@ -231,7 +231,7 @@ class Background:
             id=completion.id, token_ids=tuple(completion.token_ids), text="",
             finish="stop" if completion.finish == "stop" else "length",
         )  # fmt: skip
-        return list(reader.read(whole, completion.num_cached)), reader
+        return reader.read(whole, completion.num_cached), reader
 
 
 def _anything(_: Sequence[int]) -> None:

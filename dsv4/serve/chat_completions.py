@@ -12,7 +12,7 @@ from pydantic import Field, JsonValue
 from dsv4.engine.sample import LogProbabilities
 from dsv4.serve.answer_text import Collected, all_of, collect
 from dsv4.serve.errors import ApiError
-from dsv4.serve.respond import event
+from dsv4.serve.respond import dumps, event
 from dsv4.serve.schema import (
     Count,
     Function,
@@ -39,7 +39,7 @@ from dsv4.serve.turn import (
 from dsv4.text.events import CallArguments, Content, Reasoning
 from dsv4.text.message import Message, Role, ToolCall
 
-Item = tuple[int, Told]
+Item = tuple[int, Sequence[Told]]
 
 
 class CalledFunction(Loose):
@@ -196,11 +196,14 @@ def _format(wanted: ResponseFormat | None) -> AnswerFormat:
 class ChatAnswer:
     """The answers to one chat request, ``n`` of them, whole or as they come."""
 
-    def __init__(self, service: Service, request: ChatRequest, turn: Turn, *, key: str, id: str, created: int) -> None:
-        self._service, self._request, self._key = service, request, key
-        self._prepared = service.prepare(turn)
+    def __init__(
+        self, service: Service, request: ChatRequest, prepared: Prepared, *, key: str, id: str, created: int
+    ) -> None:
+        self._service, self._request, self._prepared, self._key = service, request, prepared, key
         service.admission.check(key, request.n)
         self._head = {"id": id, "created": created, "model": request.model, "system_fingerprint": service.fingerprint}
+        chunk = dumps({**self._head, "object": "chat.completion.chunk"})  # all chunks begin so
+        self._begin = b"data: " + chunk.removesuffix(b"}") + b',"choices":['
 
     def _parts(self) -> list[Prepared]:
         """One for each choice: with a seed of its own, counted from the request's."""
@@ -255,22 +258,25 @@ class ChatAnswer:
         usage, parts = Usage(), self._parts()
         for index in range(len(parts)):
             yield self._chunk(index, {"role": "assistant", "content": "", "reasoning_content": ""})
-        async for index, told in _merged([self._service.answer(part, self._key) for part in parts]):
-            delta = _delta(told)
-            if delta is not None:
-                yield self._chunk(index, delta)
-            elif isinstance(told, Scored):
-                yield self._chunk(index, {}, logprobs=self._logprobs([told]))
-            elif isinstance(told, Ended):
-                usage = usage + told.usage
-                yield self._chunk(index, {}, finish=told.reason)
+        async for index, news in _merged([self._service.answer(part, self._key) for part in parts]):
+            yield b"".join(self._told(index, told) for told in news)
+            if isinstance(news[-1], Ended):
+                usage = usage + news[-1].usage
         if options is not None and options.include_usage:
-            yield event({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_of(usage)})
+            yield self._begin + b'],"usage":' + dumps(usage_of(usage)) + b"}\n\n"
         yield b"data: [DONE]\n\n"
+
+    def _told(self, index: int, told: Told) -> bytes:
+        delta = _delta(told)
+        if delta is not None:
+            return self._chunk(index, delta)
+        if isinstance(told, Scored):
+            return self._chunk(index, {}, logprobs=self._logprobs([told]))
+        return self._chunk(index, {}, finish=told.reason) if isinstance(told, Ended) else b""
 
     def _chunk(self, index: int, delta: dict[str, Any], *, finish: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return event({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+        return self._begin + dumps(choice) + b"]}\n\n"
 
     def failed(self, error: ApiError) -> bytes:
         """The event that tells what went wrong after the first."""
@@ -303,17 +309,17 @@ def _delta(told: Told) -> dict[str, Any] | None:
     return None
 
 
-async def _merged(sources: Sequence[AsyncIterator[Told]]) -> AsyncIterator[Item]:
+async def _merged(sources: Sequence[AsyncIterator[Sequence[Told]]]) -> AsyncIterator[Item]:
     """What several answers tell, as it comes, each with its number."""
     if len(sources) == 1:
-        async for told in sources[0]:
-            yield 0, told
+        async for news in sources[0]:
+            yield 0, news
         return
     queue: asyncio.Queue[Item | None] = asyncio.Queue()
 
-    async def fill(index: int, source: AsyncIterator[Told]) -> None:
-        async for told in source:
-            queue.put_nowait((index, told))
+    async def fill(index: int, source: AsyncIterator[Sequence[Told]]) -> None:
+        async for news in source:
+            queue.put_nowait((index, news))
 
     tasks = [asyncio.create_task(fill(i, source)) for i, source in enumerate(sources)]
     for task in tasks:

@@ -27,6 +27,11 @@ from dsv4.serve.respond import STOPPING, dumps
 
 KEY = "dsv4.key"  # in a request's scope: a name for the key it came with
 REQUEST_ID = "dsv4.request_id"
+ID_HEADERS: dict[Dialect, tuple[bytes, ...]] = {
+    "openai": (b"x-request-id",),
+    "anthropic": (b"x-request-id", b"request-id"),
+}
+"""Where each protocol's clients look for the id by which the log names their request."""
 OPEN_PATHS = ("/", "/health")
 OPEN_FOLDER = "/page/"
 PORT = re.compile(r":\d*$")
@@ -53,7 +58,8 @@ class Guard:
             is_whole = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                ids = [(name, request_id.encode()) for name in ID_HEADERS[dialect_of(scope)]]
+                message = {**message, "headers": [*message["headers"], *ids]}
             await send(message)
 
         try:
@@ -62,21 +68,21 @@ class Guard:
             await self._app(scope, _replay(body, receive), sent)
         except ApiError as error:
             if not status:
-                await _answer(error, dialect_of(scope["path"]), sent)
+                await _answer(error, dialect_of(scope), sent)
         except asyncio.CancelledError:  # the server stops; answers that have begun end by themselves
             if status:
                 raise
-            await _answer(STOPPING, dialect_of(scope["path"]), sent)
+            await _answer(STOPPING, dialect_of(scope), sent)
         except RecursionError:
             if status:
                 raise
-            await _answer(ApiError(400, "the body is nested too deeply"), dialect_of(scope["path"]), sent)
+            await _answer(ApiError(400, "the body is nested too deeply"), dialect_of(scope), sent)
         except Exception:  # whatever it is, the client gets an answer and the log the reason
             log.exception("request %s failed", request_id)
             if status and not is_whole:
                 raise
             if not status:
-                await _answer(failure(scope), dialect_of(scope["path"]), sent)
+                await _answer(failure(scope), dialect_of(scope), sent)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
@@ -143,9 +149,13 @@ def read_keys(path: Path) -> list[str]:
     return keys
 
 
-def dialect_of(path: str) -> Dialect:
-    """Whose clients use this path."""
-    return "anthropic" if path.startswith(("/anthropic", "/v1/messages")) else "openai"
+def dialect_of(scope: Scope) -> Dialect:
+    """Whose client asks, by the path; models are asked for at one path by all, so there Anthropic's header tells."""
+    path = scope["path"]
+    if path.startswith(("/anthropic", "/v1/messages")):
+        return "anthropic"
+    is_shared = path == "/v1/models" or path.startswith("/v1/models/")
+    return "anthropic" if is_shared and any(name == b"anthropic-version" for name, _ in scope["headers"]) else "openai"
 
 
 def failure(scope: Scope) -> ApiError:

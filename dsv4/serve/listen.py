@@ -9,7 +9,7 @@ from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dsv4.config.serve import ServeOptions
 
@@ -17,6 +17,7 @@ MAX_HEADER_BYTES = 2**16
 BACKLOG = 1024
 IDLE_S = 75.0  # a connection without a request is closed after so long
 HEAD_S = 30.0  # a request's head must have come within so long, from its first byte or from the connection
+TOO_LONG = f"The head of a request is longer than {MAX_HEADER_BYTES} bytes."
 CUT_S = 5.0  # answers that were cut off must have ended within so long
 STALL_S = 60.0  # a client that takes nothing of its answer for so long is gone
 
@@ -34,14 +35,17 @@ class Server(uvicorn.Server):
             await asyncio.wait(self.server_state.tasks, timeout=CUT_S)
 
 
-class Protocol(H11Protocol):
+class Protocol(HttpToolsProtocol):
     """One connection. Clients that send the head of a request too slowly, or do not take an answer, are cut off.
 
-    A client that closes its side has gone, though it might still read: half a connection cannot be told from none.
+    Heads are short: the bytes of one that has not ended are counted, and the lines of one that has. A client that
+    closes its side has gone, though it might still read: half a connection cannot be told from none.
     """
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
+    _is_in_head = False
+    _num_head = _num_lines = 0  # bytes of a head that has not ended, and of its lines so far
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
@@ -51,11 +55,35 @@ class Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         is_between = self.cycle is None or self.cycle.response_complete
+        self._num_head = self._num_head + len(data) if self._is_in_head else 0
+        if self._num_head > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(TOO_LONG)
         if is_between and self._head is None:
             self._head = self.loop.call_later(HEAD_S, self.transport.abort)
         elif not is_between and self._head is not None:
             self._head.cancel()
             self._head = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head, self._num_lines = True, 0
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._is_in_head = False
+
+    def on_url(self, url: bytes) -> None:
+        self._count(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(name + value)
+        super().on_header(name, value)
+
+    def _count(self, line: bytes) -> None:
+        self._num_lines += len(line)
+        if self._num_lines > MAX_HEADER_BYTES:
+            raise ValueError(TOO_LONG)  # which the parser passes on as a bad request
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -93,7 +121,7 @@ def settings(app: ASGIApp, options: ServeOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app, lifespan="on", access_log=False, log_level="warning", server_header=False, ws="none",
         timeout_keep_alive=round(IDLE_S), timeout_graceful_shutdown=round(options.shutdown_s) or 1,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES, http=Protocol,
+        http=Protocol,
     )  # fmt: skip
 
 

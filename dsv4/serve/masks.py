@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -41,8 +42,25 @@ class Grammar:
         return not self.start.is_accepting()
 
 
+class _Compiled:
+    """A grammar that is compiled when it is first wanted, and once: who wants it meanwhile waits for it."""
+
+    def __init__(self, vocabulary: Vocabulary, text: str, name: str) -> None:
+        self._vocabulary, self._text, self._name = vocabulary, text, name
+        self._lock, self._matcher = Lock(), None
+
+    def matcher(self) -> LLMatcher:
+        with self._lock:
+            if self._matcher is None:
+                self._matcher = self._vocabulary.matcher(self._text, self._name)
+            return self._matcher
+
+
 class Grammars:
-    """Makes grammars for the tokens of one model: one for a server, since it takes a second to build."""
+    """Makes grammars for the tokens of one model: one for a server, since it takes a second to build.
+
+    Several threads may make grammars at once.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
         """Take the model's tokenizer, byte-level, its number of ids, and the token that ends a text.
@@ -50,11 +68,8 @@ class Grammars:
         Raises ``ValueError`` if the tokenizer has more ids, or no such special token.
         """
         self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_id)
-        self._compiled = lru_cache(NUM_KEPT)(self._vocabulary.matcher)  # the turns of an agent bring the same tools
-
-    def json_object(self) -> Grammar:
-        """Any JSON object, then the end."""
-        return self.json_schema({"type": "object"})
+        self._kept = lru_cache(NUM_KEPT)(_Compiled)  # the turns of an agent bring the same tools
+        self._lock = Lock()
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON of this schema, then the end; properties come in the schema's order.
@@ -96,7 +111,9 @@ class Grammars:
         return self._grammar(tools_grammar(tools, choice, answer, self._vocabulary.dsml), "the form of the answer")
 
     def _grammar(self, text: str, name: str) -> Grammar:
-        return Grammar(text, self._vocabulary, self._compiled(text, name))
+        with self._lock:  # two that miss at once must not both make one
+            compiled = self._kept(self._vocabulary, text, name)
+        return Grammar(text, self._vocabulary, compiled.matcher())
 
 
 class OutputMask:

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
 from dsv4.serve.answer_text import collect
 from dsv4.serve.errors import ApiError
-from dsv4.serve.messages_request import CountRequest, MessagesRequest, prompt_turn, turn_of
-from dsv4.serve.models import check_model
+from dsv4.serve.messages_request import CountRequest, MessagesRequest, prompt_turn
 from dsv4.serve.respond import event
-from dsv4.serve.service import Service
+from dsv4.serve.service import Prepared, Service
 from dsv4.serve.turn import CallBegun, Ended, Reason, Told, Usage
 from dsv4.text.events import CallArguments, CallEnd, Content, Reasoning
 
 Json = dict[str, Any]
 
 STOP_REASONS: Mapping[Reason, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-
-
-def check_name(service: Service, name: str) -> None:
-    """Raise an ``ApiError`` for the name of a model that is not here; every ``claude`` name stands for ours."""
-    if not name.startswith("claude"):
-        check_model(service, name)
 
 
 def count_tokens(service: Service, request: CountRequest) -> Json:
@@ -48,14 +41,13 @@ class MessageAnswer:
 
     silence = event({"type": "ping"}, "ping")
 
-    def __init__(self, service: Service, request: MessagesRequest, *, key: str, id: str) -> None:
-        self._service, self._key = service, key
-        self._prepared = service.prepare(turn_of(request))
+    def __init__(self, service: Service, request: MessagesRequest, prepared: Prepared, *, key: str, id: str) -> None:
+        self._service, self._prepared, self._key = service, prepared, key
         service.admission.check(key)
         self._shows_thinking = request.thinking is None or request.thinking.display != "omitted"
         self._head = {"id": id, "type": "message", "role": "assistant", "model": request.model}
 
-    def _answer(self) -> AsyncIterator[Told]:
+    def _answer(self) -> AsyncIterator[Sequence[Told]]:
         return self._service.answer(self._prepared, self._key, call_prefix="toolu_")
 
     async def whole(self) -> Json:
@@ -80,9 +72,8 @@ class MessageAnswer:
         yield _event("message_start", message=message)
         yield self.silence
         blocks = Blocks(shows_thinking=self._shows_thinking)
-        async for told in self._answer():
-            for chunk in blocks.take(told):
-                yield chunk
+        async for news in self._answer():
+            yield b"".join(chunk for told in news for chunk in blocks.take(told))
         yield _event("message_stop")
 
     def failed(self, error: ApiError) -> bytes:

@@ -32,6 +32,7 @@ from dsv4.serve.schema import (
     User,
     check_choice,
     json_schema_format,
+    kind_of,
     sampling_of,
     tools_of,
 )  # fmt: skip
@@ -94,8 +95,7 @@ class OtherBlock(Loose):
 
 
 def _kind(block: Any) -> str:
-    """What kind of block it is, as it comes or as it was read."""
-    kind = block.get("type") if isinstance(block, Mapping) else getattr(block, "type", None)
+    kind = kind_of(block)
     return kind if kind in KINDS else "other"
 
 

@@ -26,7 +26,10 @@ class Metrics:
             "dsv4_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
         )
         self.token_s = Histogram(
-            "dsv4_token_seconds", "Of each token after the first.", buckets=SECONDS, registry=registry
+            "dsv4_token_seconds",
+            "Of a token after the first, the mean of an answer.",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.running = Gauge("dsv4_requests_now", "Requests that run or wait.", registry=registry)
         self.free_pages = Gauge("dsv4_free_pages", "Pages of the cache that hold nothing in use.", registry=registry)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -25,16 +25,19 @@ EVENT_STREAM = {
     "cache-control": "no-store",
     "x-accel-buffering": "no",  # or nginx would keep events until it has many
 }
-MOST_WAITING = 64  # events that wait to be sent; then the engine's pieces wait, which an answer has so many of at most
 STOPPING = ApiError(503, "the server is stopping", code="server_stopping")
+
+
+PLAIN = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+ESCAPED = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 
 def dumps(value: object) -> bytes:
     """JSON as it goes over the wire: UTF-8, no spaces, and no NaN. A lone surrogate is escaped."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return PLAIN.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+        return ESCAPED.encode(value).encode()
 
 
 def event(data: Json, name: str | None = None) -> bytes:
@@ -87,8 +90,8 @@ class Later(Response):
 class Events(Response):
     """Server-sent events from ``source``. An ``ApiError`` before the first is an answer with its status.
 
-    Nothing is taken from ``source`` while many events wait for a client that is slow. silence: what breaks it; failed:
-    the event that tells an error after the first.
+    Nothing is taken from ``source`` before the client has taken what there was. silence: what breaks it; failed: the
+    event that tells an error after the first.
     """
 
     def __init__(
@@ -105,55 +108,39 @@ class Events(Response):
         self._source, self._failed, self._silence = source, failed, silence
         self._dialect: Dialect = dialect
         self._keep_alive_s, self._limit_s = keep_alive_s, limit_s
-        self._waiting: list[bytes] = []  # to be sent
-        self._news, self._taken = asyncio.Event(), asyncio.Event()
-        self._is_begun = False
+        self._turn = asyncio.Lock()  # one sends at a time
+        self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(_limited(self._fill(), self._limit_s))
+        work = asyncio.ensure_future(_limited(self._send_all(send), self._limit_s))
         gone = asyncio.ensure_future(_gone(receive))
-        for task in (work, gone):
-            task.add_done_callback(lambda _: self._news.set())
         try:
-            is_last = False
-            while not is_last:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._keep_alive_s):
-                        await self._news.wait()
+            while not work.done():
+                before = self._num_sent
+                await asyncio.wait({work, gone}, timeout=self._keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return
-                is_last = work.done()
-                chunk = self._take()
-                if chunk or not is_last:
-                    await self._put(send, chunk or self._silence)
+                if not work.done() and self._num_sent == before and not self._turn.locked():
+                    await self._put(send, self._silence)
             await self._end(send, work)
         except asyncio.CancelledError:  # the server has waited long enough for the end
+            await _cancel(work)
             await self._fail(send, STOPPING)
         finally:
             await _cancel(work, gone)
 
-    async def _fill(self) -> None:
+    async def _send_all(self, send: Send) -> None:
         async with aclosing(self._source) as source:
             async for chunk in source:
-                self._waiting.append(chunk)
-                self._news.set()
-                if len(self._waiting) >= MOST_WAITING:
-                    self._taken.clear()
-                    await self._taken.wait()
-
-    def _take(self) -> bytes:
-        """What waits, in one piece: what came while the last was sent goes out at once."""
-        self._news.clear()
-        chunk = b"".join(self._waiting)
-        self._waiting.clear()
-        self._taken.set()
-        return chunk
+                if chunk:
+                    await self._put(send, chunk)
 
     async def _put(self, send: Send, chunk: bytes, *, is_last: bool = False) -> None:
-        if not self._is_begun:
-            await _start(send, 200, EVENT_STREAM)
-            self._is_begun = True
-        await _send(send, chunk, is_last=is_last)
+        async with self._turn:
+            if not self._num_sent:
+                await _start(send, 200, EVENT_STREAM)
+            self._num_sent += 1
+            await _send(send, chunk, is_last=is_last)
 
     async def _end(self, send: Send, work: asyncio.Future[None]) -> None:
         try:
@@ -164,7 +151,7 @@ class Events(Response):
             await self._put(send, b"", is_last=True)
 
     async def _fail(self, send: Send, error: ApiError) -> None:
-        if self._is_begun:
+        if self._num_sent:
             await _send(send, self._failed(error), is_last=True)
         else:
             await _start(send, error.status, error.headers | JSON)

@@ -6,7 +6,7 @@ Nothing is kept between requests, but for those that are answered in the backgro
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from dsv4.serve.errors import ApiError
@@ -30,9 +30,10 @@ def asked_turn(request: ResponsesRequest) -> Turn:
 class ResponsesAnswer:
     """The answer to one request, whole or as it comes."""
 
-    def __init__(self, service: Service, request: ResponsesRequest, *, key: str, id: str, created: int) -> None:
-        self._service, self._request, self._key = service, request, key
-        self._prepared: Prepared = service.prepare(asked_turn(request))
+    def __init__(
+        self, service: Service, request: ResponsesRequest, prepared: Prepared, *, key: str, id: str, created: int
+    ) -> None:
+        self._service, self._request, self._prepared, self._key = service, request, prepared, key
         service.admission.check(key)
         self._id, self._created = id, created
         self._output, self._usage = Output(custom_tools(request)), Usage()
@@ -43,7 +44,7 @@ class ResponsesAnswer:
 
     async def whole(self) -> Json:
         """The answer as one object."""
-        told = [one async for one in self._service.answer(self._prepared, self._key)]
+        told = [one async for news in self._service.answer(self._prepared, self._key) for one in news]
         return whole_response(self._request, told, id=self._id, created=self._created)
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -51,15 +52,19 @@ class ResponsesAnswer:
         begun = self._response("in_progress")
         yield self._event({"type": "response.created", "response": begun})
         yield self._event({"type": "response.in_progress", "response": begun})
-        async for told in self._service.answer(self._prepared, self._key):
-            for one in self._output.tell(told):
+        async for news in self._service.answer(self._prepared, self._key):
+            yield b"".join(chunk for told in news for chunk in self._chunks(told))
+
+    def _chunks(self, told: Told) -> Iterator[bytes]:
+        """Yield the events of what is told."""
+        for one in self._output.tell(told):
+            yield self._event(one)
+        if isinstance(told, Ended):
+            status = "incomplete" if told.reason == "length" else "completed"
+            for one in self._output.close(status):
                 yield self._event(one)
-            if isinstance(told, Ended):
-                status = "incomplete" if told.reason == "length" else "completed"
-                for one in self._output.close(status):
-                    yield self._event(one)
-                response = self._response(status, output=self._output.items, usage=told.usage)
-                yield self._event({"type": f"response.{status}", "response": response})
+            response = self._response(status, output=self._output.items, usage=told.usage)
+            yield self._event({"type": f"response.{status}", "response": response})
 
     def failed(self, error: ApiError) -> bytes:
         """The event that tells what went wrong after the first."""

@@ -27,6 +27,7 @@ from dsv4.serve.schema import (
     User,
     check_choice,
     json_schema_format,
+    kind_of,
     sampling_of,
     tools_of,
 )  # fmt: skip
@@ -109,7 +110,7 @@ ITEMS = {
 
 
 def _item_kind(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    kind = kind_of(item)
     if kind is None and isinstance(item, dict) and "role" in item:
         return "message"
     return ITEMS.get(kind, "other") if isinstance(kind, str) else "other"
@@ -160,7 +161,7 @@ class OtherTool(Loose):
 
 
 def _tool_kind(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    kind = kind_of(tool)
     return kind if kind in ("function", "custom") else "other"
 
 

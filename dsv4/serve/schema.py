@@ -33,6 +33,11 @@ class Loose(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+def kind_of(part: Any) -> Any:
+    """The ``type`` of a part of a request, as it comes or as it was read; None if it has none."""
+    return part.get("type") if isinstance(part, Mapping) else getattr(part, "type", None)
+
+
 class StreamOptions(Loose):
     include_usage: bool = False
 

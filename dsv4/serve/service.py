@@ -6,6 +6,7 @@ comes. One service has one engine, which steps in a thread of its own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -31,7 +32,7 @@ from dsv4.engine.text import Detokenizer
 from dsv4.serve.admission import Admission
 from dsv4.serve.answer import AnswerReader
 from dsv4.serve.errors import ApiError, too_long
-from dsv4.serve.masks import Grammars, OutputMask
+from dsv4.serve.masks import Grammar, Grammars, OutputMask
 from dsv4.serve.memory import ReasoningMemory
 from dsv4.serve.metrics import Metrics
 from dsv4.serve.turn import Ended, Told, Turn
@@ -82,19 +83,17 @@ class Service:
 
     # ---- a turn ----
 
-    def prepare(self, turn: Turn) -> Prepared:
+    async def prepare(self, turn: Turn) -> Prepared:
         """Encode a turn and check it; raise an ``ApiError`` for one that cannot run."""
         goes_on = bool(turn.messages) and turn.messages[-1].role == "assistant"
         is_thinking = turn.thinking and not goes_on
         prompt_ids = self.prompt_ids(turn)
+        sampling = self.check_prompt(prompt_ids, turn.sampling)
         try:
-            mask = self._mask(turn, is_thinking=is_thinking)
+            grammar = await self._grammar(turn)
         except ValueError as error:
             raise ApiError(400, str(error), code="invalid_value") from error
-        room = self.max_context - len(prompt_ids)
-        if room < 1:
-            raise too_long(len(prompt_ids), 0, self.max_context)
-        sampling = replace(turn.sampling, max_tokens=min(turn.sampling.max_tokens, room))
+        mask = None if grammar is None else self._mask(grammar, is_thinking=is_thinking)
         return Prepared(turn=turn, prompt_ids=prompt_ids, sampling=sampling, mask=mask, is_thinking=is_thinking)
 
     def prompt_ids(self, turn: Turn) -> list[int]:
@@ -112,22 +111,21 @@ class Service:
             messages = _with_system(messages, tools, schema)
         return encode(messages, thinking=turn.thinking, effort=turn.effort, passages=self.passages)
 
-    def _mask(self, turn: Turn, *, is_thinking: bool) -> Mask | None:
-        """What the answer may be, if that is limited."""
-        grammar, choice, kind = None, turn.tool_choice, turn.answer.kind
+    async def _grammar(self, turn: Turn) -> Grammar | None:
+        """What the answer may be, if that is limited. Made in a thread: a new grammar takes long to compile."""
+        choice, schema = turn.tool_choice, _schema_of(turn)
         if turn.tools and choice.kind != "none":
             named = choice.name if choice.kind == "named" else choice.kind
-            grammar = self.grammars.tool_calls(turn.tools, choice=named, answer=_schema_of(turn))
-        elif kind == "json_object":
-            grammar = self.grammars.json_object()
-        elif kind == "json_schema":
-            grammar = self.grammars.json_schema(turn.answer.schema)
-        if grammar is None:
-            return None
+            return await asyncio.to_thread(self.grammars.tool_calls, turn.tools, choice=named, answer=schema)
+        return None if schema is None else await asyncio.to_thread(self.grammars.json_schema, schema)
+
+    def _mask(self, grammar: Grammar, *, is_thinking: bool) -> Mask:
         return OutputMask(grammar, after=self._end_think if is_thinking else None)
 
-    async def answer(self, prepared: Prepared, key: str, *, call_prefix: str = "call_") -> AsyncIterator[Told]:
-        """Run a turn, and tell its answer as it comes; the last is ``Ended``. Leaving early cancels it.
+    async def answer(self, prepared: Prepared, key: str, *, call_prefix: str = "call_") -> AsyncIterator[list[Told]]:
+        """Run a turn, and tell its answer as it comes, what comes at once in one list; the last is ``Ended``.
+
+        Leaving early cancels it.
 
         call_prefix: how the ids of tool calls begin.
         """
@@ -136,11 +134,12 @@ class Service:
         pieces = self.engine.stream(prepared.prompt_ids, prepared.sampling, salt=salt_of(turn.user), mask=prepared.mask)
         async with aclosing(self._run(pieces, key, prepared.prompt_ids)) as run:
             async for piece, num_cached in run:
-                for told in reader.read(piece, num_cached):
-                    yield told
-                    if isinstance(told, Ended):
-                        self.note(told)
-                        self.memory.keep(turn.user, reader.call_ids, reader.reasoning)
+                news = reader.read(piece, num_cached)
+                if isinstance(ended := news[-1] if news else None, Ended):
+                    self.note(ended)
+                    self.memory.keep(turn.user, reader.call_ids, reader.reasoning)
+                if news:
+                    yield news
                 if reader.is_done:
                     return
 
@@ -156,7 +155,7 @@ class Service:
     # ---- plain completions ----
 
     def check_prompt(self, prompt_ids: list[int], sampling: Sampling) -> Sampling:
-        """Return the sampling of a prompt that is no turn, cut to the context; an ``ApiError`` if there is no room."""
+        """Return the sampling of a prompt, cut to the context; an ``ApiError`` if there is no room."""
         room = self.max_context - len(prompt_ids)
         if room < 1:
             raise too_long(len(prompt_ids), 0, self.max_context)
@@ -178,27 +177,32 @@ class Service:
     async def _run(
         self, pieces: AsyncGenerator[Piece, None], key: str, prompt_ids: Sequence[int], *, is_let_in: bool = False
     ) -> AsyncGenerator[tuple[Piece, int], None]:
-        begun, last, num_tokens = time.monotonic(), 0.0, 0
+        begun, num_cached = time.monotonic(), 0
+        first = last = begun
+        num_first = num_tokens = 0  # of the first piece, and of all
         self._log("asked", prompt_ids)
         with self.admission.enter(key, is_let_in=is_let_in):
             try:
                 async for piece in pieces:
-                    self._log("gave", piece.token_ids)
-                    now = time.monotonic()
-                    if not num_tokens and piece.token_ids:
-                        self.metrics.first_token_s.observe(now - begun)
-                    elif piece.token_ids:
-                        self.metrics.token_s.observe((now - last) / len(piece.token_ids))
-                    last, num_tokens = now, num_tokens + len(piece.token_ids)
+                    last = time.monotonic()
+                    num_tokens += len(piece.token_ids)
+                    if not num_first and num_tokens:
+                        first, num_first = last, num_tokens
+                        num_cached = self.engine.completion(piece.id).num_cached
+                        self.metrics.first_token_s.observe(first - begun)
+                    if self.options.logs_prompts:
+                        self._log("gave", piece.token_ids)
                     if piece.finish == "error":
                         raise ApiError(500, f"no token can follow: {piece.error}", code="no_token")
-                    yield piece, self.engine.completion(piece.id).num_cached
+                    yield piece, num_cached
             except StepError as error:
                 raise ApiError(500, f"the engine has stopped: {error.__cause__}", code="engine_error") from error
             except ValueError as error:
                 raise ApiError(400, str(error), code="invalid_value") from error
             finally:
                 await pieces.aclose()
+                if num_tokens > num_first:
+                    self.metrics.token_s.observe((last - first) / (num_tokens - num_first))
                 self.admission.took(time.monotonic() - begun)
 
     def _log(self, what: str, token_ids: Sequence[int]) -> None:

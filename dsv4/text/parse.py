@@ -45,6 +45,7 @@ class Parser:
     def __init__(self, *, thinking: bool, tools: Sequence[Tool] | None = ()) -> None:
         self._tools, self._reads_calls = {tool.name: tool for tool in tools or ()}, tools is not None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._had_bytes = False
         self._tail = ""  # what may be EOS, at the end of all text so far
         self._text, self._at = "", 0  # the text that is not dealt with begins at _at
         self._is_all = False
@@ -64,8 +65,13 @@ class Parser:
         """Take the next piece of the completion. Raises ``ValueError`` after ``finish``."""
         if self._is_all:
             raise ValueError(f"push({piece!r}) after finish; expected a new parser")
-        is_text = isinstance(piece, str)  # then bytes that wait for the rest of a letter wait in vain
-        text = self._decoder.decode(b"", final=True) + piece if is_text else self._decoder.decode(piece)
+        if isinstance(piece, str):  # bytes that wait for the rest of a letter wait in vain
+            if self._is_plain(piece):
+                return [self._piece(piece)]
+            text = self._decoder.decode(b"", final=True) + piece
+        else:
+            text = self._decoder.decode(piece)
+            self._had_bytes = True
         return self._take(self._before_eos(text))
 
     def finish(self, *, cut: bool = False) -> list[Event]:
@@ -80,6 +86,12 @@ class Parser:
         self._finish_state(cut)
         return events + self._flush()
 
+    def _is_plain(self, piece: str) -> bool:
+        """Whether a piece is said at once, as most are: nothing waits before it, and it holds no part of a mark."""
+        is_free = not (self._had_bytes or self._tail or self._is_blank or self._at < len(self._text))
+        is_said = self._state in ("content", "reasoning")
+        return is_free and is_said and piece != "" and "<" not in piece and "\n" not in piece
+
     def _before_eos(self, piece: str) -> str:
         """Hold back what may be EOS at the very end."""
         text = self._tail + piece
@@ -91,17 +103,8 @@ class Parser:
 
     def _take(self, text: str) -> list[Event]:
         self._text, self._at = self._text[self._at :] + text, 0
-        on_tag: dict[State, Callable[[str, Tag], None]] = {
-            "reasoning": self._tag_in_reasoning,
-            "held": self._tag_in_held,
-            "content": self._tag_in_content,
-            "opening": self._tag_in_opening,
-            "block": self._tag_in_block,
-            "call": self._tag_in_call,
-            "rest": lambda _, tag: self._events.append(Reasoning(tag.text)),
-        }
         while found := self._next_tag():
-            on_tag[self._state](*found)
+            ON_TAG[self._state](self, *found)
         return self._flush()
 
     def _num_kept_breaks(self) -> int:
@@ -293,6 +296,9 @@ class Parser:
         if self._call.has_ended:
             self._call, self._state, self._is_stray = None, "block", False
 
+    def _tag_in_rest(self, _: str, tag: Tag) -> None:
+        self._events.append(Reasoning(tag.text))
+
     def _end_block(self) -> None:
         if self._is_recovering:  # once; what follows is a thought
             self._state = "rest"
@@ -322,3 +328,14 @@ class Parser:
     def _note_name(self, tag: Tag) -> None:
         if not tag.is_exact:
             self._note(f"{tag.text} is no name of a {tag.kind}")
+
+
+ON_TAG: dict[State, Callable[[Parser, str, Tag], None]] = {
+    "reasoning": Parser._tag_in_reasoning,
+    "held": Parser._tag_in_held,
+    "content": Parser._tag_in_content,
+    "opening": Parser._tag_in_opening,
+    "block": Parser._tag_in_block,
+    "call": Parser._tag_in_call,
+    "rest": Parser._tag_in_rest,
+}

@@ -23,7 +23,19 @@ def test_a_made_up_tokenizer_has_text_for_every_id(size):
 
 
 def test_both_sides_are_measured(tmp_path, capsys):
-    options = ["--concurrency", "1", "3", "--prompt-tokens", "40", "--output-tokens", "6", "--rounds", "1"]
+    options = [
+        "--concurrency",
+        "1",
+        "3",
+        "--prompt-tokens",
+        "40",
+        "--output-tokens",
+        "6",
+        "--rounds",
+        "1",
+        "--requests",
+        "2",
+    ]
     assert main(["bench", "serve", "smoke", *options, "--json", str(tmp_path / "serve.json")]) == 0
     found = json.loads((tmp_path / "serve.json").read_text())
     assert [case["streams"] for case in found["cases"]] == [1, 3]
@@ -32,6 +44,7 @@ def test_both_sides_are_measured(tmp_path, capsys):
         for side in ("engine", "server"):
             assert case[side]["tokens_per_second"] > 0
             assert 0 < case[side]["first_token_ms"] < 60_000
+            assert case[side]["loop_token_us"] > 0
     out = capsys.readouterr().out
     assert "1 stream: first token" in out
     assert "3 streams: first token" in out
@@ -42,7 +55,8 @@ def test_both_sides_are_measured(tmp_path, capsys):
     [
         (["--rounds", "0"], "--rounds is 0"),
         (["--concurrency", "0"], "--concurrency is 0"),
-        (["--output-tokens", "1"], "--output-tokens is 1"),
+        (["--requests", "0"], "--requests is 0"),
+        (["--output-tokens", "3"], "--output-tokens is 3"),
         (["--prompt-tokens", "8"], "--prompt-tokens is 8"),
         (["--prompt-tokens", "600"], "the longest sequence"),
     ],

@@ -1,8 +1,11 @@
 """What the log gives back to the next engine: requests to go on with, and answers that nobody had taken."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from dsv4.accounting.cache import page_bytes
 from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
 from dsv4.engine.log import recover
@@ -87,6 +90,33 @@ def test_a_mask_must_be_given_again(tiny, small, limits):
     run(alone)
     assert [c.token_ids for c in found] == [alone.take(id).token_ids for id in ids]
     assert all(token % 2 == 0 for c in found for token in c.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("fewer", "reason"),
+    [("max_context", "the prompt has 140 tokens; expected fewer than the context of 100"),
+     ("cache_bytes", "140 tokens and max_tokens = 9 need 2 pages; expected at most the cache's 1")],
+)  # fmt: skip
+def test_what_does_not_fit_any_more_fails_and_keeps_nobody_back(tiny, small, limits, fewer, reason):
+    """It has what it had, and its error is found again, until it is taken."""
+    whole = Engine(tiny, small()).generate(PROMPTS, SAMPLINGS)
+    ids = begin(tiny, limits, 2)
+    given = {"max_context": 100, "cache_bytes": page_bytes(tiny.config, "float32")}[fewer]
+    with Engine(tiny, replace(limits, **{fewer: given})) as engine:
+        assert engine.resume() == ids
+        failed = engine.completion(ids[1])
+        assert (failed.finish, failed.token_ids) == ("error", whole[1].token_ids[: len(failed.token_ids)])
+        assert len(failed.token_ids) == len(failed.logprobs) > 0
+        assert str(failed.error).startswith("request request-1: ")
+        assert reason in str(failed.error)
+        run(engine)
+        assert [engine.take(id).token_ids for id in (ids[0], ids[2])] == [whole[0].token_ids, whole[2].token_ids]
+    with Engine(tiny, limits) as engine:
+        assert engine.resume() == [ids[1]]
+        assert engine.is_idle
+        assert (engine.completion(ids[1]).finish, str(engine.completion(ids[1]).error)) == ("error", str(failed.error))
+        engine.drop(ids[1])
+    assert recover(limits.log) == []
 
 
 def test_users_are_kept_apart_after_a_resume_too(tiny, limits):

@@ -38,6 +38,21 @@ def break_after(engine, monkeypatch, num_steps, error):
     monkeypatch.setattr(engine.runner, "run", failing)
 
 
+def slow_down(engine, monkeypatch, seconds):
+    """Let each step take a while; return a list that holds something while one runs."""
+    run, now = engine.runner.run, []
+
+    def slowly(*arguments):
+        now.append("step")
+        time.sleep(seconds)
+        found = run(*arguments)
+        now.pop()
+        return found
+
+    monkeypatch.setattr(engine.runner, "run", slowly)
+    return now
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 5])
 def test_a_step_that_fails_reaches_every_stream_with_its_cause(tiny, small, monkeypatch, num_steps):
     engine, error = Engine(tiny, small(max_requests=2, step_tokens=64)), BrokenError("no more")
@@ -78,21 +93,13 @@ def test_steps_that_were_cancelled_reach_every_stream(tiny, small, num_turns):
 
 def test_a_step_that_runs_on_is_waited_for(tiny, small, monkeypatch):
     """Requests leave an engine whose steps were cancelled only when it stands still."""
-    engine, now = Engine(tiny, small()), []
-    run, drop = engine.runner.run, engine.drop
-
-    def slowly(*arguments):
-        now.append("step")
-        time.sleep(0.1)
-        found = run(*arguments)
-        now.pop()
-        return found
+    engine = Engine(tiny, small())
+    now, drop = slow_down(engine, monkeypatch, 0.1), engine.drop
 
     def check(id):
         assert now == []
         drop(id)
 
-    monkeypatch.setattr(engine.runner, "run", slowly)
     monkeypatch.setattr(engine, "drop", check)
 
     async def cancelled():
@@ -162,3 +169,39 @@ def test_a_stream_that_is_left_is_forgotten_also_by_the_log(tiny, small, tmp_pat
             engine.completion("request-0")
     with Engine(tiny, limits) as engine:
         assert engine.resume() == []
+
+
+def test_between_is_no_step(tiny, small, monkeypatch):
+    """A call waits for the step under way and the next one waits for the call; its result and its error come back."""
+    engine, calls = Engine(tiny, small()), []
+    now = slow_down(engine, monkeypatch, 0.02)
+
+    def call():
+        calls.append(list(now))
+        time.sleep(0.05)  # longer than a step: one that ran beside would begin and be seen
+        calls.append(list(now))
+        return len(calls)
+
+    def fail():
+        raise BrokenError("no more")
+
+    async def between():
+        stream = asyncio.create_task(tokens_of(engine, PROMPTS[0]))
+        while not now:
+            await asyncio.sleep(0)
+        results = [await engine.between(call) for _ in range(3)]
+        with pytest.raises(BrokenError, match="no more"):
+            await engine.between(fail)
+        assert not stream.done()
+        return results, await stream
+
+    results, tokens = asyncio.run(between())
+    assert results == [2, 4, 6]
+    assert calls == [[]] * 6
+    assert len(tokens) == 12
+
+
+def test_between_where_nothing_runs(tiny, small):
+    engine = Engine(tiny, small())
+    assert asyncio.run(engine.between(lambda: engine.add(PROMPTS[0], SAMPLING))) == "request-0"
+    assert not engine.is_idle

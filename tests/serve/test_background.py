@@ -17,6 +17,7 @@ import openai
 import pytest
 
 import dsv4
+from dsv4.accounting.cache import page_bytes
 from dsv4.config.sampling import Sampling
 from dsv4.config.serve import ServeOptions
 from dsv4.engine.log import recover
@@ -512,6 +513,37 @@ def test_a_record_that_is_not_understood_fails(make, state, caplog):
     assert [one["status"] for one in found] == ["failed"] * 2
     assert "effort is 'huge'" in found[1]["error"]["message"]
     assert f"the record of response {new_id(3)} cannot be read" in caplog.text
+    assert logged(state) == {}
+
+
+@pytest.mark.parametrize(
+    ("fewer", "reason"), [("cache_bytes", "pages; expected at most the cache's 1"), ("max_context", "is too long")]
+)
+def test_what_does_not_fit_any_more_fails_and_the_others_go_on(make, state, slow_down, fewer, reason):
+    """A server that has less room than the one before it starts all the same."""
+    service = make()
+    short = {"text": None, "max_output_tokens": 40}
+    requests = [request_of(seed=3, **short), request_of(seed=4, input="Say. " * 60), request_of(seed=5, **short)]
+    room = {"max_context": 120, "cache_bytes": page_bytes(service.engine.model.config, "float32")}
+
+    async def begun():
+        async with serving(service) as background:
+            for number, request in enumerate(requests):
+                await background.add(request, key="", id=new_id(number), created=1)
+            run = background._runs[new_id(1)]
+            await until(lambda: len(logged(state)) == 3 and run.status == "in_progress")
+
+    async def resumed():
+        async with serving(make(**{fewer: room[fewer]})) as background:
+            return [await ended(background, new_id(number)) for number in range(3)]
+
+    slow_down(service)
+    asyncio.run(begun())
+    assert [one.finish for one in logged(state).values()] == [None] * 3
+    found = asyncio.run(resumed())
+    assert [one["status"] in ("completed", "incomplete") for one in found] == [True, False, True]
+    assert (found[1]["status"], found[1]["output"]) == ("failed", [])
+    assert reason in found[1]["error"]["message"]
     assert logged(state) == {}
 
 

@@ -117,15 +117,6 @@ def test_bad_requests(http, given, words):
 # ---- facts ----
 
 
-def test_models_by_every_name(http):
-    listed = http("GET", "/v1/models").json()
-    assert [model["id"] for model in listed["data"]] == ["toy"]
-    assert listed["data"][0]["context_length"] == 2048
-    assert listed["models"] == listed["data"]
-    assert http("GET", "/v1/models/deepseek-reasoner").json()["id"] == "deepseek-reasoner"
-    assert http("GET", "/v1/models/other").status_code == 404
-
-
 def test_text_to_tokens_and_back(http, service):
     text = "Gr\u00fc\u00dfe <think> \U0001f600"
     found = http("POST", "/tokenize", json={"text": text}).json()

@@ -99,7 +99,7 @@ def test_parameters_that_are_not_required_may_be_left_out(grammars, keys, requir
     """Of three, in their order; a call without any has an empty line in their place."""
     one = tool(properties={key: {"const": "x"} for key in "abc"}, required=list(required))
     mask = OutputMask(grammars.tool_calls([one], choice="look"), after=None)
-    output, written, names, wanted = [], b"", grammars.json_object().vocabulary, call_of(keys)
+    output, written, names, wanted = [], b"", grammars.json_schema({"type": "object"}).vocabulary, call_of(keys)
     while written != wanted:
         fits = [
             index for index in np.flatnonzero(mask(output)) if wanted[len(written) :].startswith(names.bytes[index])

@@ -1,5 +1,6 @@
 """What Anthropic's clients may ask, and what the model reads of it."""
 
+import asyncio
 import json
 
 import anthropic
@@ -167,7 +168,8 @@ def test_a_call_that_is_demanded_after_a_beginning_does_not_wait_for_thinking(se
     given = {**THINKS, "tools": [WEATHER], "tool_choice": {"type": "any"}}
     end_think = service.tokenizer.token_to_id("</think>")
     for said, waits in ((ASK["messages"], True), (messages, False)):
-        mask = service.prepare(turn_of(MessagesRequest.model_validate({**given, "messages": said}))).mask
+        turn = turn_of(MessagesRequest.model_validate({**given, "messages": said}))
+        mask = asyncio.run(service.prepare(turn)).mask
         assert bool(mask([])[end_think]) is waits
 
 

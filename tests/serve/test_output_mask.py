@@ -147,13 +147,13 @@ def test_drafts_at_the_end_of_a_long_output_are_taken_back(grammars, spelled):
 
 
 def test_thinking_is_free_until_it_ends(grammars, tokenizer, token):
-    mask = OutputMask(grammars.json_object(), after=token(END_THINK))
+    mask = OutputMask(grammars.json_schema({"type": "object"}), after=token(END_THINK))
     allowed = mask(plain_text(tokenizer).encode("for word").ids)
     special = sorted(tokenizer.get_added_tokens_decoder())
     assert allowed[max(special) + 1 :].all()
     assert np.flatnonzero(allowed[: max(special) + 1]).tolist() == [token(END_THINK)]
     begun = mask([40, token(END_THINK)])
-    assert same(begun, OutputMask(grammars.json_object(), after=None)([]))
+    assert same(begun, OutputMask(grammars.json_schema({"type": "object"}), after=None)([]))
     assert begun[token("{")]
     assert not begun[token("w")]
 
@@ -161,7 +161,7 @@ def test_thinking_is_free_until_it_ends(grammars, tokenizer, token):
 def test_a_text_may_end_while_it_thinks_only_if_nothing_is_demanded(grammars, token):
     after, eos = token(END_THINK), token(EOS)
     demands = [
-        grammars.json_object(),
+        grammars.json_schema({"type": "object"}),
         grammars.json_schema({"type": "string"}),
         grammars.tool_calls([TOOL], choice="required"),
         grammars.tool_calls([TOOL], choice="look_up"),
@@ -193,7 +193,9 @@ BEGINNINGS = {"text": "", "thinking": "", "JSON": '{"', "name": CALL, "value": C
 
 @pytest.mark.parametrize(("place", "mark"), [*((place, DSML) for place in BEGINNINGS), ("thinking", END_THINK)])
 def test_a_mark_is_not_spelled(grammars, marked, spelled, token, place, mark):
-    grammar = grammars.json_object() if place == "JSON" else grammars.tool_calls([TOOL], choice="auto")
+    grammar = (
+        grammars.json_schema({"type": "object"}) if place == "JSON" else grammars.tool_calls([TOOL], choice="auto")
+    )
     mask = OutputMask(grammar, after=token(END_THINK) if place == "thinking" else None)
     begin, text = marked(BEGINNINGS[place]), spelled(f"{mark[:3]} a {mark}")
     for n in range(len(text) - 1):
@@ -259,7 +261,7 @@ def test_tokens_that_end_a_mark_in_any_way_are_not_written():
 
 def test_ids_without_a_token_are_never_written(tokenizer, token):
     grammars = Grammars(tokenizer, VOCAB + 5, token(EOS))
-    for grammar in (grammars.json_object(), grammars.tool_calls([TOOL], choice="auto")):
+    for grammar in (grammars.json_schema({"type": "object"}), grammars.tool_calls([TOOL], choice="auto")):
         for after in (None, token(END_THINK)):
             allowed = OutputMask(grammar, after=after)([])
             assert allowed.shape == (VOCAB + 5,)
@@ -272,7 +274,7 @@ def test_a_vocabulary_that_does_not_fit_is_an_error(tokenizer, grammars, token):
     with pytest.raises(ValueError, match="eos_token_id is 200; expected one of the tokenizer's special tokens"):
         Grammars(tokenizer, VOCAB, 200)
     with pytest.raises(ValueError, match=f"after is {VOCAB}; expected a token id from 0 to {VOCAB - 1}"):
-        OutputMask(grammars.json_object(), after=VOCAB)
+        OutputMask(grammars.json_schema({"type": "object"}), after=VOCAB)
 
 
 @pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the released tokenizer is not installed")

@@ -1,7 +1,10 @@
 """Answers held to a form, by a model that would say anything: tools in every mode, and JSON after thinking."""
 
+import asyncio
 import json
+import threading
 
+import httpx
 import pytest
 
 SCHEMA = {
@@ -71,3 +74,85 @@ def test_a_schema_that_cannot_be_kept_is_refused(http):
         "model": "toy", "messages": [{"role": "user", "content": "x"}], "response_format": form})  # fmt: skip
     assert answer.status_code == 400
     assert "no such type" in answer.json()["error"]["message"]
+
+
+@pytest.fixture
+def compiling(service, monkeypatch):
+    """Let grammars compile only once a test lets them: what was begun, and the event that does so."""
+    begun, gate, matcher = [], threading.Event(), service.grammars._vocabulary.matcher
+
+    def slow(text, name):
+        begun.append(text)
+        assert gate.wait(30), "nobody let the grammar compile"
+        return matcher(text, name)
+
+    monkeypatch.setattr(service.grammars._vocabulary, "matcher", slow)
+    return begun, gate
+
+
+async def asked_of(app, *bodies):
+    """Begin to ask for chat answers, all at once."""
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost", timeout=60)
+    fixed = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "reasoning_effort": "none", "seed": 1}
+    return client, [asyncio.create_task(client.post("/v1/chat/completions", json={**fixed, **one})) for one in bodies]
+
+
+JSON_FORM = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}
+CALL_FORM = {"tools": TOOLS[:1], "tool_choice": "required"}
+
+
+@pytest.mark.parametrize("form", [JSON_FORM, CALL_FORM], ids=["json", "call"])
+def test_a_grammar_that_compiles_keeps_nobody_waiting(app, service, compiling, form):
+    """Other requests run to their ends meanwhile."""
+    begun, gate = compiling
+
+    async def run():
+        client, (slow,) = await asked_of(app, form)
+        async with client:
+            try:
+                while not begun:
+                    await asyncio.sleep(0.001)
+                other, (plain,) = await asked_of(app, {"max_tokens": 5})
+                async with other:
+                    assert (await plain).json()["usage"]["completion_tokens"] <= 5
+                assert not slow.done()
+            finally:
+                gate.set()
+            return (await slow).json()["choices"][0]["finish_reason"]
+
+    assert asyncio.run(run()) in ("stop", "tool_calls")
+
+
+def test_a_grammar_that_many_want_is_compiled_once(app, service, compiling):
+    """All of them wait for it, and get the same answer; a later one finds it."""
+    begun, gate = compiling
+
+    async def run():
+        client, tasks = await asked_of(app, *[JSON_FORM] * 4)
+        async with client:
+            try:
+                while not begun:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.1)  # time for the others to begin one of their own
+            finally:
+                gate.set()
+            answers = [await task for task in tasks]
+            client_again, again = await asked_of(app, JSON_FORM)
+            async with client_again:
+                return [answer.json()["choices"][0]["message"]["content"] for answer in (*answers, await again[0])]
+
+    found = asyncio.run(run())
+    assert len(begun) == 1
+    assert len(set(found)) == 1
+    assert set(json.loads(found[0])) == {"city", "days"}
+
+
+def test_a_grammar_that_cannot_be_compiled_is_told_to_all_who_want_it(app):
+    wrong = {"name": "x", "schema": {"type": "no such type"}}
+
+    async def run():
+        client, tasks = await asked_of(app, *[{"response_format": {"type": "json_schema", "json_schema": wrong}}] * 3)
+        async with client:
+            return [await task for task in tasks]
+
+    assert [answer.status_code for answer in asyncio.run(run())] == [400] * 3

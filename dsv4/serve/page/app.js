@@ -19,6 +19,7 @@ function settings() {
     effort: efforts.find((radio) => radio.checked).value,
     names: tools.filter((box) => box.checked).map((box) => box.value),
     table: at("table").value,
+    json: at("json").checked,
     instructions: at("instructions").value,
     temperature: Number.isNaN(at("temperature").valueAsNumber) ? null : at("temperature").valueAsNumber,
     key,
@@ -26,10 +27,11 @@ function settings() {
 }
 
 function restoreSettings() {
-  const { effort, names = [], table, instructions, temperature } = recall("localStorage", "options", {});
+  const { effort, names = [], table, json, instructions, temperature } = recall("localStorage", "options", {});
   for (const radio of efforts) radio.checked = radio.value === (EFFORTS.includes(effort) ? effort : "high");
   for (const box of tools) box.checked = names.includes(box.value);
   at("table").value = table ?? TABLE;
+  at("json").checked = json ?? false;
   at("instructions").value = instructions ?? "";
   at("temperature").value = temperature ?? "";
   showCount();
@@ -42,8 +44,8 @@ function keepSettings() {
 
 /** How much is switched on behind the Options button. */
 function showCount() {
-  const { names, instructions, temperature } = settings();
-  const count = names.length + (instructions.trim() ? 1 : 0) + (temperature === null ? 0 : 1);
+  const { names, json, instructions, temperature } = settings();
+  const count = names.length + [json, instructions.trim(), temperature !== null].filter(Boolean).length;
   at("options-button").textContent = count ? `Options (${count})` : "Options";
 }
 

@@ -82,6 +82,7 @@ export class Chat {
   async answer(signal) {
     const settings = this.settings();
     const message = { role: "assistant", content: "", reasoning_content: "", tool_calls: [], note: { state: "running" } };
+    if (settings.json) message.note.isJson = true;
     const history = forServer(this.messages);
     const view = this.add(message);
     const times = { begin: performance.now() };
@@ -181,11 +182,12 @@ export function forServer(messages) {
     });
 }
 
-function fields(model, history, { effort, names, instructions, temperature }) {
+function fields(model, history, { effort, names, json, instructions, temperature }) {
   const messages = instructions.trim() ? [{ role: "system", content: instructions.trim() }, ...history] : history;
   const request = { model, messages, thinking: { type: effort === "off" ? "disabled" : "enabled" } };
   if (effort !== "off") request.reasoning_effort = effort;
   if (names.length) request.tools = toolSchemas(names);
+  if (json) request.response_format = { type: "json_object" };
   if (temperature !== null) request.temperature = temperature;
   return request;
 }

@@ -11,6 +11,8 @@ const ENDS = {
   insufficient_system_resource: "The server ran out of room for this answer.",
 };
 
+const JSON_FENCE = "```json\n"; // shown as code, to its end: JSON has no line that could close this
+
 /** What the reader wrote. */
 export function questionView(text) {
   return element("article", { className: "question" },
@@ -52,7 +54,7 @@ export class AnswerView {
     this.waiting.hidden = !isRunning || hasBegun;
     this.updateThinking(isRunning);
     const piece = message.content.slice(this.numShown.text);
-    if (piece) this.markdown.push(piece);
+    if (piece) this.markdown.push(!this.numShown.text && message.note.isJson ? `${JSON_FENCE}${piece}` : piece);
     this.numShown.text = message.content.length;
     this.text.ariaBusy = String(isRunning); // read aloud when it is whole, not word by word
     this.updateCalls(isRunning);

@@ -131,6 +131,32 @@ def test_request(page, server):
     ]
 
 
+def test_json(page, server):
+    """By the keyboard alone: asked for, kept over a reload, shown as the code that it is, and off again."""
+    text = '{"a": "*x* _y_",\n "b": ["<i>"]}'
+    server.answers += [[*server.says(text), *server.ends()], [*server.says("*Yes*"), *server.ends()]]
+    page.get_by_role("button", name="Options").focus()
+    page.keyboard.press("Enter")
+    page.get_by_label("JSON object").focus()
+    page.keyboard.press("Space")
+    expect(page.get_by_role("button", name="Options (1)")).to_be_visible()
+    page.reload()
+    ask(page, "What is it?")
+    finished(page)
+    assert server.requests[0]["response_format"] == {"type": "json_object"}
+    expect(page.locator(".text pre code")).to_have_text(text)
+    expect(page.locator(".text em")).to_have_count(0)
+    page.get_by_role("button", name="Options (1)").click()
+    page.get_by_label("JSON object").uncheck()
+    ask(page, "Is it?")
+    finished(page)
+    assert "response_format" not in server.requests[1]
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": text}
+    expect(page.locator(".text em")).to_have_text("Yes")
+    page.reload()
+    expect(page.locator(".text pre code")).to_have_text(text)  # each answer in the form it was asked for
+
+
 @pytest.mark.parametrize("how", ["key", "button"])
 def test_stop(page, server, how):
     """The server is told, the text so far stays and counts as said, and the next question works."""

@@ -186,11 +186,11 @@ def test_half_a_call_is_not_run(page, server):
 
 
 def test_an_example_brings_its_tool(page, server):
-    """The question about the table switches the lookup on, and the table that comes with the page has the answer."""
+    """What asks for the table switches the lookup on, and the table that comes with the page has the answer."""
     server.answers += [
         [*server.calls("lookup", '{"key": "price of tea"}'), *server.ends("tool_calls")],
         [*server.says("3 euros."), *server.ends()],
     ]
-    page.get_by_role("button", name="What is the price of tea?").click()
+    page.get_by_role("button", name="Look up the price of tea.").click()
     expect(page.locator(".result code")).to_have_text("3 euros")
     expect(page.locator(".answer .text").last).to_have_text("3 euros.")
