@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 from dsv4.engine.outputs import Piece
@@ -81,18 +81,21 @@ class Streams:
         self._thread.shutdown()
 
     async def _drive(self) -> None:
-        """Step while anything runs, and hand out the pieces."""
-        while not self._engine.is_idle:
+        """Step while anything runs, and hand out the pieces of one step while the next one runs."""
+        pieces: list[Piece] = []
+        while pieces or not self._engine.is_idle:
             async with self._lock:
-                step = self._thread.submit(self._engine.step)
-                try:
-                    pieces = await asyncio.wrap_future(step)
-                finally:
-                    wait([step])  # it runs on if this task is cancelled
-                    self._drop_left()
-            for piece in pieces:
-                self.put(piece)
-            await asyncio.sleep(0)
+                step = None if self._engine.is_idle else self._thread.submit(self._engine.step)
+                for piece in pieces:
+                    self.put(piece)
+                pieces = [] if step is None else await self._result(step)
+
+    async def _result(self, step: Future[list[Piece]]) -> list[Piece]:
+        try:
+            return await asyncio.wrap_future(step)
+        finally:
+            wait([step])  # it runs on if this task is cancelled
+            self._drop_left()
 
     def _tell_end(self, driver: asyncio.Task[None]) -> None:
         """Let those know that still wait, however the driver has ended."""
