@@ -34,6 +34,7 @@ from dsv4.config.serve import ServeOptions
 from dsv4.train.words import plural
 
 if TYPE_CHECKING:
+    import uvicorn
     from tokenizers import Tokenizer
 
     from dsv4.accounting.cache import CacheFormat
@@ -87,6 +88,8 @@ def bench_serve(
     with console.status("preparing"):
         from dsv4.accounting.cache import page_bytes
         from dsv4.engine.pages import pages_of
+        from dsv4.serve.app import create_app
+        from dsv4.serve.listen import settings
 
         transformer = open_model(model, options)
         results = heading("serve", model, transformer, options)
@@ -98,7 +101,9 @@ def bench_serve(
         service = _service(transformer, limits)
     load = Load(prompt_tokens, output_tokens, requests)
     results |= {**load._asdict(), "rounds": rounds}
-    found = asyncio.run(_run(service, concurrency, load, rounds, options.seed, console))
+    web = settings(create_app(service), service.options)
+    with asyncio.Runner(loop_factory=web.get_loop_factory()) as runner:  # the loop that dsv4 serve runs in
+        found = runner.run(_run(service, web, concurrency, load, rounds, options.seed, console))
     save(options.json, results | {"cases": found})
     _print(results, found)
 
@@ -136,16 +141,19 @@ def made_up_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 async def _run(
-    service: Service, concurrency: Sequence[int], load: Load, rounds: int, seed: int, console: Console
+    service: Service,
+    web: uvicorn.Config,
+    concurrency: Sequence[int],
+    load: Load,
+    rounds: int,
+    seed: int,
+    console: Console,
 ) -> list[dict[str, Any]]:
-    import uvicorn
-
-    from dsv4.serve.app import create_app
-    from dsv4.serve.listen import bind, settings
+    from dsv4.serve.listen import Server, bind
     from dsv4.serve.load import Client
 
     listening = bind("127.0.0.1", 0)
-    server = uvicorn.Server(settings(create_app(service), service.options))
+    server = Server(web)
     running = asyncio.create_task(server.serve(sockets=[listening]))
     client = Client(f"http://127.0.0.1:{listening.getsockname()[1]}")
     try:
