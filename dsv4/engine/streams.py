@@ -26,9 +26,18 @@ class Streams:
         self._engine = engine
         self._queues: dict[str, asyncio.Queue[Piece | asyncio.Task[None]]] = {}  # pieces, and a driver that has ended
         self._left: list[str] = []  # requests whose streams were left, until the engine has forgotten them
-        self._lock = asyncio.Lock()  # between the thread's steps and the loop's calls
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = asyncio.Lock()
         self._driver: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
+
+    @property
+    def _lock(self) -> asyncio.Lock:
+        """Between the thread's steps and the loop's calls. A lock is bound to a loop; each has one of its own."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._loop_lock = loop, asyncio.Lock()
+        return self._loop_lock
 
     async def run(self, add: Callable[[], str], *, is_kept: bool = False) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of the request that ``add`` adds.
@@ -56,7 +65,7 @@ class Streams:
             del self._queues[id]
             if not is_kept:
                 self._left.append(id)
-            async with self._lock:  # if this is cancelled once more, the driver does it after its step
+            if not self._loop_lock.locked():  # otherwise a step is under way, and the driver does it after that
                 self._drop_left()
 
     def _drop_left(self) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -169,6 +171,42 @@ def test_a_stream_that_is_left_is_forgotten_also_by_the_log(tiny, small, tmp_pat
             engine.completion("request-0")
     with Engine(tiny, limits) as engine:
         assert engine.resume() == []
+
+
+def test_one_loop_after_the_other(tiny, small, monkeypatch):
+    """In each of them requests wait for a step under way."""
+    engine = Engine(tiny, small())
+    plain = [completion.token_ids for completion in engine.generate(PROMPTS, SAMPLING)]
+    now = slow_down(engine, monkeypatch, 0.01)
+
+    async def join():
+        first = asyncio.create_task(tokens_of(engine, PROMPTS[0]))
+        while not now:
+            await asyncio.sleep(0)
+        return await gather(first, *(tokens_of(engine, prompt) for prompt in PROMPTS[1:]))
+
+    for _ in range(3):
+        assert asyncio.run(join()) == plain
+        assert engine.is_idle
+
+
+def test_the_end_of_a_stream_waits_for_no_step(tiny, small, monkeypatch):
+    """An answer that is whole is over, though others go on; and so is one that is left."""
+    engine = Engine(tiny, small())
+    slow_down(engine, monkeypatch, 0.05)
+
+    async def two():
+        longer = asyncio.create_task(tokens_of(engine, PROMPTS[1], replace(SAMPLING, max_tokens=20)))
+        assert len(await tokens_of(engine, PROMPTS[0], replace(SAMPLING, max_tokens=2))) == 2
+        assert engine._streams._lock.locked()  # a step is under way
+        async with aclosing(engine.stream(PROMPTS[2], SAMPLING)) as left:
+            await anext(left)
+        assert engine._streams._lock.locked()  # a step is under way
+        return await longer
+
+    assert len(asyncio.run(two())) == 20
+    assert engine.is_idle
+    assert engine.pool.num_free == engine.pool.num_pages
 
 
 def test_between_is_no_step(tiny, small, monkeypatch):
