@@ -6,7 +6,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, product
 from statistics import mean, median
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from dsv4.accounting.cache import CacheFormat
-    from dsv4.serve.load import Client, Measured
+    from dsv4.serve.load import Client, Measured, Timing
     from dsv4.serve.service import Service
 
 NAME, PATH = "bench", "/v1/chat/completions"
@@ -66,7 +68,8 @@ def bench_serve(
     """Measure chat streams of the server beside the same requests of the bare engine, in turn.
 
     Every client asks again as soon as it has its answer. It has a process of its own, on the same cores. Prompts are
-    random, and no answer ends before its length, which lies between half and one and a half of what is said.
+    random, and no answer ends before its length, which lies between half and one and a half of what is said. What the
+    server adds to a request is also measured by itself: from the client to the engine, and with the first token back.
 
     Args:
         model: a preset, which gets random weights, or the folder of a run or checkpoint.
@@ -172,15 +175,56 @@ async def _case(service: Service, client: Client, streams: int, load: Load, roun
     """Measure the engine and the server in turn, after a round that warms both up."""
     from dsv4.serve.load import measure
 
-    pairs = []
+    pairs, ways = [], []
     for turn in range(rounds + 1):
         asked = [_plan(service, load, seed + turn, index) for index in range(streams)]
-        works = [[_stream(service, text, count) for text, count in plan] for plan in asked]
+        prompts = [[service.prompts.ids(_encoded(service, text)) for text, _ in plan] for plan in asked]
+        works = [
+            [_stream(service, ids, count) for ids, (_, count) in zip(one, plan, strict=True)]
+            for one, plan in zip(prompts, asked, strict=True)
+        ]
         bodies = [[_body(text, count) for text, count in plan] for plan in asked]
         counts = [count for plan in asked for _, count in plan]
-        engine = await _side(measure(works), counts)
-        pairs.append((engine, await _side(client.measure(PATH, bodies), counts)))
-    return _summary(streams, pairs[1:])
+        engine, _ = await _side(measure(works), counts)
+        with _watched(service) as seen:
+            server, timings = await _side(client.measure(PATH, bodies), counts)
+        pairs.append((engine, server))
+        way = [seen[tuple(ids)].way(timing) for ids, timing in zip(chain(*prompts), timings, strict=True)]
+        # All clients' first requests come at once, and wait for one another; the later ones do not.
+        ways.append([one for i, one in enumerate(way) if load.requests == 1 or i % load.requests])
+    return _summary(streams, pairs[1:], [way for found in ways[1:] for way in found])
+
+
+@dataclass
+class _Seen:
+    """When the engine was asked, and when it gave the first token, by ``time.perf_counter``."""
+
+    asked: float
+    first: float = 0.0
+
+    def way(self, timing: Timing) -> tuple[float, float]:
+        """Seconds from the client to the engine, and with the first token back."""
+        return self.asked - timing.begun, timing.begun + timing.first_s - self.first
+
+
+@contextmanager
+def _watched(service: Service) -> Iterator[dict[tuple[int, ...], _Seen]]:
+    """Note when requests reach the engine and when it has their first tokens, by prompt."""
+    seen: dict[tuple[int, ...], _Seen] = {}
+    stream = service.engine.stream
+
+    async def watched(prompt: Any, *given: Any, **named: Any) -> AsyncGenerator[Any, None]:
+        mine = seen[tuple(prompt)] = _Seen(time.perf_counter())
+        async with aclosing(stream(prompt, *given, **named)) as pieces:
+            async for piece in pieces:
+                mine.first = mine.first or time.perf_counter()
+                yield piece
+
+    service.engine.stream = watched
+    try:
+        yield seen
+    finally:
+        del service.engine.stream
 
 
 def _plan(service: Service, load: Load, seed: int, index: int) -> list[tuple[str, int]]:
@@ -194,8 +238,7 @@ def _plan(service: Service, load: Load, seed: int, index: int) -> list[tuple[str
     ]
 
 
-def _stream(service: Service, text: str, output_tokens: int) -> Callable[[], AsyncIterator[object]]:
-    prompt_ids = service.prompts.ids(_encoded(service, text))
+def _stream(service: Service, prompt_ids: list[int], output_tokens: int) -> Callable[[], AsyncIterator[object]]:
     sampling = Sampling(max_tokens=output_tokens, temperature=0, ignore_eos=True)
     return partial(service.engine.stream, prompt_ids, sampling, salt=b"bare")
 
@@ -214,26 +257,32 @@ def _body(text: str, output_tokens: int) -> bytes:
     }).encode()  # fmt: skip
 
 
-async def _side(work: Awaitable[Measured], counts: Sequence[int]) -> dict[str, float]:
-    """What one side took. loop_token_us: processor time of the event loop's thread."""
+async def _side(work: Awaitable[Measured], counts: Sequence[int]) -> tuple[dict[str, float], list[Timing]]:
+    """What one side took. loop_token_us, client_token_us: processor time of the event loop's thread and the client."""
     begun = time.thread_time()
     measured = await work
     loop = time.thread_time() - begun
     timed = list(zip(measured.timings, counts, strict=True))
-    return {
+    found = {
         "first_token_ms": 1000 * mean(one.first_s for one, _ in timed),
         "token_ms": 1000 * mean((one.last_s - one.first_s) / (count - 1) for one, count in timed),
         "tokens_per_second": sum(counts) / measured.seconds,
         "loop_token_us": 1e6 * loop / sum(counts),
+        "client_token_us": 1e6 * measured.processor_s / sum(counts),
     }
+    return found, measured.timings
 
 
-def _summary(streams: int, pairs: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
+def _summary(
+    streams: int, pairs: Sequence[tuple[dict[str, float], dict[str, float]]], ways: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
     engines, servers = zip(*pairs, strict=True)
     found: dict[str, Any] = {"streams": streams}
     for name, sides in (("engine", engines), ("server", servers)):
         found[name] = {figure: median(side[figure] for side in sides) for figure in sides[0]}
-    found["added_to_first_token_ms"] = median(b["first_token_ms"] - a["first_token_ms"] for a, b in pairs)
+    there, back = ([1000 * way[i] for way in ways] for i in (0, 1))
+    found["to_engine_ms"], found["first_token_back_ms"] = median(there), median(back)
+    found["added_to_request_ms"] = median(a + b for a, b in zip(there, back, strict=True))
     ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in pairs]
     return found | {"throughput_ratio": median(ratios), "throughput_ratios": ratios}
 
@@ -248,9 +297,10 @@ def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
     for case in found:
         engine, server = case["engine"], case["server"]
         console.print(
-            f"{plural(case['streams'], 'stream')}: first token {server['first_token_ms']:.1f} ms, "
-            f"{case['added_to_first_token_ms']:+.1f} to the engine's; a token {server['token_ms']:.2f} ms, "
+            f"{plural(case['streams'], 'stream')}: a request takes {case['to_engine_ms']:.2f} ms to the engine and its "
+            f"first token {case['first_token_back_ms']:.2f} ms back; first token {server['first_token_ms']:.1f} ms, "
+            f"the engine's {engine['first_token_ms']:.1f}; a token {server['token_ms']:.2f} ms, "
             f"the engine's {engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, "
             f"{case['throughput_ratio']:.3f} of the engine's; {server['loop_token_us']:.0f} us of the event loop "
-            f"a token, the engine's {engine['loop_token_us']:.0f}"
+            f"a token, the engine's {engine['loop_token_us']:.0f}, and {server['client_token_us']:.0f} of the client"
         )

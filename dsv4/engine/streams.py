@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, TypeVar
 
 from dsv4.engine.outputs import Piece
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dsv4.engine.engine import Engine
 
 Result = TypeVar("Result")
+
+AT_ONCE = 4  # pieces that are handed out before other tasks have their turn
 
 
 class StepError(RuntimeError):
@@ -95,16 +97,20 @@ class Streams:
         while pieces or not self._engine.is_idle:
             async with self._lock:
                 step = None if self._engine.is_idle else self._thread.submit(self._engine.step)
-                for piece in pieces:
-                    self.put(piece)
-                pieces = [] if step is None else await self._result(step)
+                try:
+                    await self._hand_out(pieces)
+                    pieces = [] if step is None else await asyncio.wrap_future(step)
+                finally:
+                    if step is not None:
+                        wait([step])  # it runs on if this task is cancelled
+                    self._drop_left()
 
-    async def _result(self, step: Future[list[Piece]]) -> list[Piece]:
-        try:
-            return await asyncio.wrap_future(step)
-        finally:
-            wait([step])  # it runs on if this task is cancelled
-            self._drop_left()
+    async def _hand_out(self, pieces: Sequence[Piece]) -> None:
+        """Hand out a few at a time, so that whatever else comes in need not wait until many have been sent."""
+        for begin in range(0, len(pieces), AT_ONCE):
+            for piece in pieces[begin : begin + AT_ONCE]:
+                self.put(piece)
+            await asyncio.sleep(0)
 
     def _tell_end(self, driver: asyncio.Task[None]) -> None:
         """Let those know that still wait, however the driver has ended."""

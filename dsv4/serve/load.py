@@ -17,17 +17,19 @@ OK, DELTA = b"HTTP/1.1 200", b'"delta":{"content"'
 
 
 class Timing(NamedTuple):
-    """Of one request, in seconds from its beginning."""
+    """Of one request. begun: by ``time.perf_counter``; the others in seconds from there."""
 
+    begun: float
     first_s: float
     last_s: float
 
 
 class Measured(NamedTuple):
-    """Of requests of several clients. seconds: from the first beginning to the last end."""
+    """Of requests of several clients. seconds: from the first beginning to the last end; processor_s: the client's."""
 
     timings: list[Timing]
     seconds: float
+    processor_s: float = 0.0
 
 
 async def measure(plans: Sequence[Sequence[Callable[[], AsyncIterator[object]]]]) -> Measured:
@@ -39,7 +41,7 @@ async def measure(plans: Sequence[Sequence[Callable[[], AsyncIterator[object]]]]
             begun, first = time.perf_counter(), 0.0
             async for _ in work():
                 first = first or time.perf_counter()
-            timings.append(Timing(first - begun, time.perf_counter() - begun))
+            timings.append(Timing(begun, first - begun, time.perf_counter() - begun))
         return timings
 
     begun = time.perf_counter()
@@ -78,7 +80,7 @@ def run_plans(address: str, path: str, plans: Sequence[Sequence[bytes]]) -> Meas
     A loop over sockets without tasks: on the cores of the server, a client's own time counts as the server's.
     """
     parts = urlsplit(address)
-    begun, found = time.perf_counter(), [list[_Stream]() for _ in plans]
+    begun, processor, found = time.perf_counter(), time.process_time(), [list[_Stream]() for _ in plans]
     with selectors.DefaultSelector() as ready:
 
         def go_on(index: int) -> None:
@@ -102,7 +104,8 @@ def run_plans(address: str, path: str, plans: Sequence[Sequence[bytes]]) -> Meas
                     stream.socket.close()
                     go_on(key.data)
     seconds = time.perf_counter() - begun
-    return Measured([Timing(one.first_s, one.last_s) for one in chain.from_iterable(found)], seconds)
+    timings = [Timing(one.begun, one.first_s, one.last_s) for one in chain.from_iterable(found)]
+    return Measured(timings, seconds, time.process_time() - processor)
 
 
 class Client:

@@ -41,13 +41,14 @@ def test_both_sides_are_measured(tmp_path, capsys):
     assert [case["streams"] for case in found["cases"]] == [1, 3]
     for case in found["cases"]:
         assert case["throughput_ratio"] > 0
+        assert 0 < case["to_engine_ms"] < case["added_to_request_ms"] < 60_000
         for side in ("engine", "server"):
             assert case[side]["tokens_per_second"] > 0
             assert 0 < case[side]["first_token_ms"] < 60_000
             assert case[side]["loop_token_us"] > 0
     out = capsys.readouterr().out
-    assert "1 stream: first token" in out
-    assert "3 streams: first token" in out
+    assert "1 stream: a request takes" in out
+    assert "3 streams: a request takes" in out
 
 
 @pytest.mark.parametrize(
