@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, product
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
@@ -77,7 +78,7 @@ def bench_serve(
         prompt_tokens: tokens of each prompt.
         output_tokens: tokens of an answer, on average.
         requests: of each client, one after the other.
-        rounds: how often each is measured; the median counts.
+        rounds: how often each is measured; medians count, and of the ratio of rates the mean.
     """
     require_packages()
     config = model_config(model)
@@ -284,7 +285,8 @@ def _summary(
     found["to_engine_ms"], found["first_token_back_ms"] = median(there), median(back)
     found["added_to_request_ms"] = median(a + b for a, b in zip(there, back, strict=True))
     ratios = [b["tokens_per_second"] / a["tokens_per_second"] for a, b in pairs]
-    return found | {"throughput_ratio": median(ratios), "throughput_ratios": ratios}
+    error = stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None  # of the mean
+    return found | {"throughput_ratio": mean(ratios), "throughput_ratio_error": error, "throughput_ratios": ratios}
 
 
 def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
@@ -301,6 +303,11 @@ def _print(results: dict[str, Any], found: list[dict[str, Any]]) -> None:
             f"first token {case['first_token_back_ms']:.2f} ms back; first token {server['first_token_ms']:.1f} ms, "
             f"the engine's {engine['first_token_ms']:.1f}; a token {server['token_ms']:.2f} ms, "
             f"the engine's {engine['token_ms']:.2f}; {server['tokens_per_second']:,.1f} tokens/s, "
-            f"{case['throughput_ratio']:.3f} of the engine's; {server['loop_token_us']:.0f} us of the event loop "
-            f"a token, the engine's {engine['loop_token_us']:.0f}, and {server['client_token_us']:.0f} of the client"
+            f"{case['throughput_ratio']:.3f}{_plus_minus(case['throughput_ratio_error'])} of the engine's; "
+            f"{server['loop_token_us']:.0f} us of the event loop a token, the engine's {engine['loop_token_us']:.0f}, "
+            f"and {server['client_token_us']:.0f} of the client"
         )
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" +- {error:.3f}"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-AT_ONCE = 4  # pieces that are handed out before other tasks have their turn
+AT_ONCE = 2  # pieces that are handed out before other tasks have their turn
 
 
 class StepError(RuntimeError):

@@ -18,10 +18,11 @@ def test_the_table_is_the_result(case):
     engine, server = case["engine"], case["server"]
     cells = [
         str(case["streams"]),
+        *(f"{case[way]:.2f}" for way in ("to_engine_ms", "first_token_back_ms")),
         *(f"{side['first_token_ms']:,.1f}" for side in (engine, server)),
         *(f"{side['token_ms']:.2f}" for side in (engine, server)),
         *(f"{side['tokens_per_second']:,.1f}" for side in (engine, server)),
-        f"{case['throughput_ratio']:.3f}",
+        f"{case['throughput_ratio']:.3f} \u00b1 {case['throughput_ratio_error']:.3f}",
     ]
     assert f"| {' | '.join(cells)} |" in TEXT
     assert RESULT["date"] in TEXT
