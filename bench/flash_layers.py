@@ -18,8 +18,8 @@ from dsv4.cli.bench_setup import machine, random_prompts
 from dsv4.cli.synth import synth
 from dsv4.config.engine import Limits
 from dsv4.config.sampling import Sampling
+from dsv4.device import CPU, peak_memory_bytes
 from dsv4.engine.engine import Engine
-from dsv4.train.machine import peak_memory_bytes
 
 LAYERS = (2, 3)  # CSA with a table of experts, and HCA
 PROMPT, TOKENS, CONTEXT = 2048, 32, 4096
@@ -37,7 +37,7 @@ def main() -> None:
     load_seconds = time.perf_counter() - begin
     stored = total_bytes(inventory(model.config))
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    loaded_peak = peak_memory_bytes(torch.device("cpu"))
+    loaded_peak = peak_memory_bytes(CPU)
     engine = Engine(model, Limits(max_requests=1, max_context=CONTEXT, cache_bytes=2**27))
     (prompt,) = random_prompts(model.config, 1, PROMPT, 1)
     id = engine.add(prompt, Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=True))
@@ -51,7 +51,7 @@ def main() -> None:
         else:
             decode.append(seconds)
     steady = sorted(decode)[len(decode) // 2]
-    peak = peak_memory_bytes(torch.device("cpu"))
+    peak = peak_memory_bytes(CPU)
     print(
         f"{stored:,} bytes in files, {held:,} in memory, loaded in {load_seconds:.0f} s with a peak of {loaded_peak:,}"
     )

@@ -1,9 +1,15 @@
-"""One thread, and a seed from the test's own name, so that no test depends on another."""
+"""One thread, a seed from the test's own name, so that no test depends on another, and Triton on the CPU if need be."""
 
+import os
 import zlib
 
 import pytest
 import torch
+
+from dsv4.device import accelerator
+
+if accelerator() is None:  # before anything imports triton: without a GPU its kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import torch
 from dsv4.checkpoint.names import expert_names
 from dsv4.checkpoint.source import Source, as_bytes
 from dsv4.checkpoint.tensor_file import DTYPES, TensorFile
+from dsv4.device import is_accelerator
 from dsv4.model.expert_pool import ExpertPool, ExpertSource, Layout, Tensors
 from dsv4.model.expert_store import MemoryExperts, StoredExperts
 from dsv4.model.linear import Linear
@@ -35,7 +36,7 @@ class FileExperts:
     def read_(self, expert: int, out: Tensors) -> None:
         """See ``ExpertSource``. On the way to an accelerator they pass through pinned memory."""
         tensors = out
-        if out[0].device.type != "cpu":
+        if is_accelerator(out[0].device):
             if self._staged is None:
                 memory = torch.empty(self.layout.num_bytes, dtype=torch.uint8)
                 self._staged = self.layout.views(memory.pin_memory())

@@ -154,8 +154,8 @@ def _measure(
     case: Case, transformer: Transformer, prompts: list[list[int]], sampling: Sampling, options: Options
 ) -> dict[str, Any]:
     """Run a case in an engine of its own, warm it up before, and return what came out."""
+    from dsv4.device import peak_memory_bytes
     from dsv4.engine.measure import Meter, run_requests
-    from dsv4.train.machine import peak_memory_bytes
 
     with _make_engine(transformer, case, options) as engine:
         num_tokens, few = min(case.prompt_tokens, options.step_tokens), min(case.output_tokens, WARM_UP_TOKENS)

@@ -58,9 +58,9 @@ def find_tokenizer(model: Path) -> Path:
 
 def check_residence(residence: Residence) -> None:
     """Raise ``ValueError`` for what would have no effect on this machine, or cannot be."""
-    import torch
+    from dsv4.device import accelerator
 
-    has_accelerator = torch.accelerator.current_accelerator() is not None
+    has_accelerator = accelerator() is not None
     if residence.expert_bytes is not None and residence.expert_bytes < 1:
         raise ValueError(f"--expert-bytes is {residence.expert_bytes}; expected at least 1")
     if residence.weights == "memory" and residence.expert_bytes is not None and not has_accelerator:
@@ -99,7 +99,6 @@ def open_model(directory: Path, precision: Precision, residence: Residence = RES
 
 def on_device(model: Transformer) -> Transformer:
     """Move a model to this machine's accelerator, if it has one."""
-    import torch
+    from dsv4.device import best
 
-    accelerator = torch.accelerator.current_accelerator()
-    return model if accelerator is None else model.to(accelerator)
+    return model.to(best())

@@ -113,9 +113,9 @@ def _resume(run: Path, from_step: int | None) -> None:
 
 
 def _build(config: TrainConfig, run: Path, display: Display, *, resume: bool) -> Trainer:
-    import torch
 
     from dsv4.cli.process import keep_freed_memory
+    from dsv4.device import best
     from dsv4.train.board import require_tensorboard
     from dsv4.train.loop import Trainer
     from dsv4.train.setup import set_up
@@ -123,11 +123,9 @@ def _build(config: TrainConfig, run: Path, display: Display, *, resume: bool) ->
     keep_freed_memory()
     if config.run.tensorboard:
         require_tensorboard()
-    accelerator = torch.accelerator.current_accelerator()
-    device = torch.device("cpu") if accelerator is None else accelerator
     with display.console.status("preparing") as status:
         parts = set_up(
-            config, run, device=device, resume=resume, progress=lambda what, n: status.update(f"{what}: {n:,}")
+            config, run, device=best(), resume=resume, progress=lambda what, n: status.update(f"{what}: {n:,}")
         )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Trainer(parts, clock=time.perf_counter, today=now, tell=display.show)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from dsv4.device import is_accelerator
 from dsv4.model.expert_pool import ExpertPool, ExpertSource, Layout, Tensors
 from dsv4.ops.backend import Backend
 from dsv4.ops.experts import stored_experts
@@ -90,7 +91,7 @@ class MemoryExperts:
 
     def read_(self, expert: int, out: Tensors) -> None:
         """See ``ExpertSource``. Copies to an accelerator come from pinned memory, in the order of its own work."""
-        if out[0].device.type != "cpu" and not self.memory.is_pinned():
+        if is_accelerator(out[0].device) and not self.memory.is_pinned():
             self.memory = self.memory.pin_memory()
         for to, tensor in zip(out, self.tensors(expert), strict=True):
             to.copy_(tensor, non_blocking=True)

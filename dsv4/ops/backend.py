@@ -1,20 +1,30 @@
 """Choose an implementation by name. There is no fallback: a name that cannot run is an error.
 
 ``reference`` is the specification, ``portable`` plain torch for any device, ``native`` portable with C kernels where
-an operation has them, for the CPU. ``auto``, a model's default, is the fastest of the last two that runs here.
+an operation has them, for the CPU, ``triton`` portable with the Triton kernels that were proved on a GPU
+(``proved.json``), and ``unproved`` with all of them, which is for proving them. ``auto``, a model's default, is
+``native`` on a CPU and ``triton`` on an accelerator, where they can be had, and ``portable`` otherwise.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar, cast, get_args
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import torch
 
 from dsv4 import native as kernels
 
-Backend = Literal["reference", "portable", "native"]
-BackendChoice = Literal["auto", "reference", "portable", "native"]
+Backend = Literal["reference", "portable", "native", "triton", "unproved"]
+BackendChoice = Literal["auto", "reference", "portable", "native", "triton", "unproved"]
+
+PROVED = Path(__file__).with_name("proved.json")
+"""Kernels, as ``module:function`` below ``dsv4.ops``, and on what and when their numerics were proved; ``make gpu``."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,7 +40,9 @@ def resolve(choice: BackendChoice, device: torch.device) -> Backend:
     """Return the implementation that a choice stands for on a device."""
     if choice != "auto":
         return cast(Backend, choice)
-    return "native" if device.type == "cpu" and kernels.available() else "portable"
+    if device.type == "cpu":
+        return "native" if kernels.available() else "portable"
+    return "triton" if proved() and find_spec("triton") is not None else "portable"
 
 
 def pick(
@@ -39,10 +51,28 @@ def pick(
     reference: Callable[_P, _R],
     portable: Callable[_P, _R],
     native: Callable[_P, _R] | None = None,
+    triton: str | None = None,
 ) -> Callable[_P, _R]:
-    """Return the implementation that ``backend`` names; an operation without kernels has its portable one."""
+    """Return the implementation that ``backend`` names; an operation without kernels has its portable one.
+
+    triton: where its Triton kernel is, ``module:function`` below ``dsv4.ops``, imported when it is first wanted.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(get_args(Backend))}")
     if backend == "reference":
         return reference
+    if triton is not None and (backend == "unproved" or (backend == "triton" and triton in proved())):
+        return _load(triton)
     return native if backend == "native" and native is not None else portable
+
+
+@cache
+def proved() -> dict[str, Any]:
+    """The kernels that were proved on a GPU, by name."""
+    return json.loads(PROVED.read_text(encoding="utf-8"))
+
+
+@cache
+def _load(name: str) -> Callable[..., Any]:
+    module, function = name.split(":")
+    return getattr(import_module(f"dsv4.ops.{module}"), function)

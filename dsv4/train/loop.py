@@ -22,6 +22,7 @@ from dsv4.data.batch import Batch
 from dsv4.data.loader import Loader
 from dsv4.data.store import TokenStore
 from dsv4.data.tokenizer import plain_text
+from dsv4.device import peak_memory_bytes
 from dsv4.eval.bits import bits_per_byte
 from dsv4.eval.generate import generate
 from dsv4.model.transformer import Transformer
@@ -29,7 +30,7 @@ from dsv4.optim.optimizer import Optimizer
 from dsv4.train.anticipatory import Anticipation, Routing, Work
 from dsv4.train.baseline import ngram_bits
 from dsv4.train.flops import step_flops
-from dsv4.train.machine import matmul_rate, peak_memory_bytes
+from dsv4.train.machine import matmul_rate
 from dsv4.train.metrics import MetricsLog, truncate
 from dsv4.train.nonfinite import NonFiniteError
 from dsv4.train.schedule import Plan, Position, after, plan

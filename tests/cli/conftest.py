@@ -15,7 +15,7 @@ def in_process(monkeypatch):
 
 def _leave_alone(patch):
     patch.setattr("dsv4.cli.process.keep_freed_memory", lambda: False)
-    patch.setattr("torch.accelerator.current_accelerator", lambda: None)
+    patch.setattr("dsv4.device.accelerator", lambda: None)
     patch.setattr("dsv4.train.loop.matmul_rate", lambda dtype, device: 1e10)
 
 

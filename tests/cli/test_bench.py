@@ -166,7 +166,7 @@ def test_the_dense_twin_attends_to_everything():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_random_weights_are_those_of_a_new_model(precision, monkeypatch):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: None)
+    monkeypatch.setattr("dsv4.device.accelerator", lambda: None)
     made = random_model(smoke(), Options(precision=precision, seed=3))
     new = dsv4.new_model(smoke(), seed=3)
     for (name, ours), theirs in zip(made.state_dict().items(), new.state_dict().values(), strict=True):

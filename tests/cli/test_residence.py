@@ -109,7 +109,7 @@ def test_a_preset_is_in_no_file(capsys, monkeypatch):
 
 
 def test_an_accelerator_needs_experts_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("dsv4.device.accelerator", lambda: torch.device("meta"))
     check_residence(Residence(expert_bytes=10**6))
     check_residence(Residence(weights="mapped", expert_bytes=10**6))
     with pytest.raises(ValueError, match="--weights mapped is given without --expert-bytes; expected both"):

@@ -62,7 +62,7 @@ def attend(
         raise ValueError(f"window is {window}; expected at least 1, the query itself")
     if entries is not None:
         _check_entries(shapes, entries)
-    chosen = pick(backend, reference=reference.attend, portable=portable.attend)
+    chosen = pick(backend, reference=reference.attend, portable=portable.attend, triton="attend.triton:attend")
     if entries is not None and 0 in (entries.values.shape[1], 1 if entries.picked is None else entries.picked.shape[2]):
         entries = None
     return chosen(q, kv, sink, raw_begin, entries, window, scale)

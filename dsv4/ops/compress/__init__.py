@@ -97,6 +97,13 @@ def pool(
         is_first = torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[:2]) == 0
     shapes.check("is_first", is_first, "B C")
     if overlap:
-        chosen = pick(backend, reference=reference.pool_overlapped, portable=portable.pool_overlapped)
+        chosen = pick(
+            backend,
+            reference=reference.pool_overlapped,
+            portable=portable.pool_overlapped,
+            triton="compress.triton:pool_overlapped",
+        )
         return chosen(kv, gate + position_bias, is_first)
-    return pick(backend, reference=reference.pool_plain, portable=portable.pool_plain)(kv, gate + position_bias)
+    return pick(
+        backend, reference=reference.pool_plain, portable=portable.pool_plain, triton="compress.triton:pool_plain"
+    )(kv, gate + position_bias)

@@ -17,4 +17,4 @@ def hadamard(x: torch.Tensor, *, backend: Backend = "portable") -> torch.Tensor:
     width = x.shape[-1]
     if width & (width - 1) or width == 0:
         raise ValueError(f"x has {width} channels; expected a power of two")
-    return pick(backend, reference=reference.hadamard, portable=portable.hadamard)(x)
+    return pick(backend, reference=reference.hadamard, portable=portable.hadamard, triton="hadamard.triton:hadamard")(x)

@@ -55,7 +55,13 @@ def quantise_rows(
     The last group of a row may be a shorter one.
     """
     _check_rows(x, group)
-    run = pick(backend, reference=reference.quantise_rows, portable=portable.quantise_rows, native=native.quantise_rows)
+    run = pick(
+        backend,
+        reference=reference.quantise_rows,
+        portable=portable.quantise_rows,
+        native=native.quantise_rows,
+        triton="lowbit.triton:quantise_rows",
+    )
     return run(x.detach(), group)
 
 
@@ -71,7 +77,11 @@ def quantise_blocks(
     if scale_dtype not in SCALE_DTYPES["fp8"]:
         raise ValueError(f"scale_dtype is {scale_dtype}; expected torch.uint8 or torch.float32")
     run = pick(
-        backend, reference=reference.quantise_blocks, portable=portable.quantise_blocks, native=native.quantise_blocks
+        backend,
+        reference=reference.quantise_blocks,
+        portable=portable.quantise_blocks,
+        native=native.quantise_blocks,
+        triton="lowbit.triton:quantise_blocks",
     )
     return Packed(*run(w.detach(), scale_dtype), "fp8")
 
@@ -80,7 +90,13 @@ def quantise_fp4(w: torch.Tensor, *, backend: Backend = "portable") -> Packed:
     """Return w [..., O, I] float in E2M1, I a multiple of 32."""
     _check_weight(w, FP4_GROUP)
     _check_finite(w)
-    run = pick(backend, reference=reference.quantise_fp4, portable=portable.quantise_fp4, native=native.quantise_fp4)
+    run = pick(
+        backend,
+        reference=reference.quantise_fp4,
+        portable=portable.quantise_fp4,
+        native=native.quantise_fp4,
+        triton="lowbit.triton:quantise_fp4",
+    )
     return Packed(*run(w.detach()), "fp4")
 
 
@@ -90,7 +106,13 @@ def dequantise(packed: Packed, dtype: torch.dtype, *, backend: Backend = "portab
     Scales that are no number are refused.
     """
     packed.check_scales()
-    run = pick(backend, reference=reference.dequantise, portable=portable.dequantise, native=native.dequantise)
+    run = pick(
+        backend,
+        reference=reference.dequantise,
+        portable=portable.dequantise,
+        native=native.dequantise,
+        triton="lowbit.triton:dequantise",
+    )
     return run(packed, dtype)
 
 
@@ -123,7 +145,13 @@ def round_rows(
     rounded = x.shape[-1] if channels is None else channels
     if not 1 <= rounded <= x.shape[-1]:
         raise ValueError(f"channels is {channels}; expected 1 to {x.shape[-1]}, those of x")
-    run = pick(backend, reference=reference.round_rows, portable=portable.round_rows, native=native.round_rows)
+    run = pick(
+        backend,
+        reference=reference.round_rows,
+        portable=portable.round_rows,
+        native=native.round_rows,
+        triton="lowbit.triton:round_rows",
+    )
     return _through(x, partial(run, group=group, channels=rounded), _unchanged)
 
 
@@ -137,7 +165,13 @@ def round_index(x: torch.Tensor, *, backend: Backend = "portable") -> torch.Tens
     width = x.shape[-1]
     if width & (width - 1):
         raise ValueError(f"x has {width} channels; expected a power of two")
-    run = pick(backend, reference=reference.round_index, portable=portable.round_index, native=native.round_index)
+    run = pick(
+        backend,
+        reference=reference.round_index,
+        portable=portable.round_index,
+        native=native.round_index,
+        triton="lowbit.triton:round_index",
+    )
     return _through(x, run, partial(hadamard, backend=backend))
 
 
@@ -160,7 +194,13 @@ def round_fp4(w: torch.Tensor, *, dtype: torch.dtype = torch.float32, backend: B
     Made for training: w is not checked, and a NaN makes its group NaN.
     """
     _check_weight(w, FP4_GROUP)
-    run = pick(backend, reference=reference.round_fp4, portable=portable.round_fp4, native=native.round_fp4)
+    run = pick(
+        backend,
+        reference=reference.round_fp4,
+        portable=portable.round_fp4,
+        native=native.round_fp4,
+        triton="lowbit.triton:round_fp4",
+    )
     return _through(w, partial(run, dtype=dtype), _unchanged)
 
 
@@ -170,7 +210,13 @@ def round_blocks(w: torch.Tensor, *, dtype: torch.dtype = torch.float32, backend
     Made for training: w is not checked, and a NaN stays one.
     """
     _check_weight(w)
-    run = pick(backend, reference=reference.round_blocks, portable=portable.round_blocks, native=native.round_blocks)
+    run = pick(
+        backend,
+        reference=reference.round_blocks,
+        portable=portable.round_blocks,
+        native=native.round_blocks,
+        triton="lowbit.triton:round_blocks",
+    )
     return _through(w, partial(run, dtype=dtype), _unchanged)
 
 

@@ -66,7 +66,7 @@ def pre(
     shapes.check("norm_weight", norm_weight, "D")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; expected at least 1")
-    chosen = pick(backend, reference=reference.pre, portable=portable.pre, native=native.pre)
+    chosen = pick(backend, reference=reference.pre, portable=portable.pre, native=native.pre, triton="mhc.triton:pre")
     return Reading(*chosen(streams, mix.fn, mix.base, mix.scale, norm_weight, norm_eps, eps, iterations))
 
 
@@ -80,7 +80,9 @@ def post(reading: Reading, y: torch.Tensor, *, backend: Backend = "portable") ->
     shapes.check("y", y, "B T D")
     shapes.check("reading.post", reading.post, "B T N")
     shapes.check("reading.comb", reading.comb, "B T N N")
-    chosen = pick(backend, reference=reference.post, portable=portable.post, native=native.post)
+    chosen = pick(
+        backend, reference=reference.post, portable=portable.post, native=native.post, triton="mhc.triton:post"
+    )
     return chosen(reading.streams, y, reading.post, reading.comb)
 
 
@@ -101,7 +103,9 @@ def head(
     shapes.check("mix.base", mix.base, f"{N}")
     shapes.check("mix.scale", mix.scale, "1")
     shapes.check("norm_weight", norm_weight, "D")
-    chosen = pick(backend, reference=reference.head, portable=portable.head, native=native.head)
+    chosen = pick(
+        backend, reference=reference.head, portable=portable.head, native=native.head, triton="mhc.triton:head"
+    )
     return chosen(streams, mix.fn, mix.base, mix.scale, norm_weight, norm_eps, eps)
 
 
@@ -116,6 +120,10 @@ def sinkhorn(logits: torch.Tensor, *, eps: float, iterations: int, backend: Back
         raise ValueError(f"iterations is {iterations}; expected at least 1")
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits has shape {list(logits.shape)}; expected [..., N, N]")
-    return pick(backend, reference=reference.sinkhorn, portable=portable.sinkhorn, native=native.sinkhorn)(
-        logits, eps, iterations
-    )
+    return pick(
+        backend,
+        reference=reference.sinkhorn,
+        portable=portable.sinkhorn,
+        native=native.sinkhorn,
+        triton="mhc.triton:sinkhorn",
+    )(logits, eps, iterations)

@@ -22,5 +22,11 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, backend
         shapes = Shapes()
         shapes.check("x", x, "... D")
         shapes.check("weight", weight, "D")
-    chosen = pick(backend, reference=reference.rmsnorm, portable=portable.rmsnorm, native=native.rmsnorm)
+    chosen = pick(
+        backend,
+        reference=reference.rmsnorm,
+        portable=portable.rmsnorm,
+        native=native.rmsnorm,
+        triton="rmsnorm.triton:rmsnorm",
+    )
     return chosen(x, weight, eps)

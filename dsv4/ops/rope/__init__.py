@@ -83,9 +83,9 @@ def rotate(
     _check_channels(x, cos)
     if x.dim() == 4:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, T, 1, R / 2]
-    return pick(backend, reference=reference.rotate, portable=portable.rotate, native=native.rotate)(
-        x, cos, sin, inverse
-    )
+    return pick(
+        backend, reference=reference.rotate, portable=portable.rotate, native=native.rotate, triton="rope.triton:rotate"
+    )(x, cos, sin, inverse)
 
 
 def rotate_unit(
@@ -100,7 +100,13 @@ def rotate_unit(
     shapes.check("cos", cos, "B T r")
     shapes.check("sin", sin, "B T r")
     _check_channels(x, cos)
-    chosen = pick(backend, reference=reference.rotate_unit, portable=portable.rotate_unit, native=native.rotate_unit)
+    chosen = pick(
+        backend,
+        reference=reference.rotate_unit,
+        portable=portable.rotate_unit,
+        native=native.rotate_unit,
+        triton="rope.triton:rotate_unit",
+    )
     return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)
 
 

@@ -1,0 +1,44 @@
+"""What this machine computes on: the one file that asks torch about accelerators.
+
+Everything goes through ``torch.accelerator``, so that NVIDIA, AMD, Huawei's Ascend (with ``torch_npu``) and whatever
+else registers itself with torch are the same to the rest of the package. What is given to an accelerator runs beside
+the CPU, in the order in which it was given.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def accelerator() -> torch.device | None:
+    """Return this machine's accelerator, or None if it has none."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def best() -> torch.device:
+    """Return the accelerator, or the CPU where there is none."""
+    return accelerator() or CPU
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether tensors of this device lie elsewhere than in the CPU's memory."""
+    return device.type != "cpu"
+
+
+def wait(device: torch.device) -> None:
+    """Wait until all work that was given to a device is done; on a CPU it is."""
+    if is_accelerator(device):
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory held so far: allocated on an accelerator, resident on a CPU."""
+    if is_accelerator(device):
+        return torch.accelerator.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,212 @@
+"""Attention as Triton kernels: a program per query and block of heads, which are the rows of its products.
+
+All heads of a query see the same keys, so a block of 64 heads is a tile as the tensor cores want it, and a tile of
+keys, once in shared memory, serves twice: as keys and as values. Window and interval are contiguous rows, picked
+entries are gathered by their index. The softmax runs along, in base 2, since exp2 is what the hardware has.
+
+A query's result depends on its own keys alone, taken in order from the first: not on how many queries the call has.
+The backward kernels are in ``triton_backward.py`` and ``triton_keys.py``.
+"""
+
+# Launches and what a kernel sees of its arguments are beyond a type checker:
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from dsv4.ops.attend.triton_backward import LOG2_E, Config, Seen, query_gradient
+from dsv4.ops.attend.triton_keys import key_gradients
+
+if TYPE_CHECKING:
+    from dsv4.ops.attend import Entries
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CONFIGS = {
+    # 64 heads x 512 channels of float32 sums are half the registers of a multiprocessor: 8 warps share them. Beside
+    # 64 KiB of queries, of the 228 KiB of shared memory: two tiles of 64 KiB, or three of 32 KiB.
+    "wide": Config(64, 64, 8, 2),
+    "deep": Config(64, 32, 8, 3),
+    # float32 has no tensor cores here, and twice the bytes.
+    "float32": Config(16, 16, 4, 1),
+}
+NARROW = "wide"  # the one for 16-bit dtypes
+
+
+def attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sink: torch.Tensor,
+    raw_begin: torch.Tensor,
+    entries: Entries | None,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.attend``. q, kv and the values of entries share one dtype: float32, float16 or bfloat16."""
+    if entries is None:
+        values, picked, begin, end = kv.new_empty(kv.shape[0], 0, kv.shape[2]), None, raw_begin, raw_begin
+    else:
+        values, picked, begin, end = entries
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; expected float32, float16 or bfloat16 for the Triton kernels")
+    for name, given in (("kv", kv), ("entries.values", values)):
+        if given.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {given.dtype}; expected {q.dtype}, that of q, for the Triton kernels")
+    return _Attend.apply(q, kv, sink, raw_begin, values, picked, begin, end, window, scale)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, sink, raw_begin, values, picked, begin, end, window, scale):
+        q, kv, values, raw_begin = q.contiguous(), kv.contiguous(), values.contiguous(), raw_begin.contiguous()
+        seen = Seen.of(raw_begin, picked, begin, end, values.shape[1])
+        out = torch.empty_like(q)
+        log_total = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)  # [B, T, H], base 2
+        log_sink = sink.float() * LOG2_E
+        if q.numel():
+            _launch_forward(q, kv, log_sink, values, seen, out, log_total, window, scale)
+        ctx.save_for_backward(q, kv, sink, values, out, log_total, *seen.tensors())
+        ctx.kind, ctx.window, ctx.scale = seen.kind, window, scale
+        log_sum_exp = log_total / LOG2_E
+        ctx.mark_non_differentiable(log_sum_exp)
+        return out, log_sum_exp
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _):
+        q, kv, sink, values, out, log_total, *tensors = ctx.saved_tensors
+        seen = Seen(ctx.kind, *tensors)
+        log_sink = sink.float() * LOG2_E
+        given = (q, kv, values, seen, ctx.window, ctx.scale, log_total)
+        grad_q, delta = query_gradient(*given, out, grad_out.contiguous())
+        grad_kv, grad_values = key_gradients(*given, delta, grad_out.contiguous())
+        # A few numbers per query: the sink takes part in the denominator alone.
+        grad_sink = -(torch.exp2(log_sink - log_total) * delta).sum(dim=(0, 1))  # [H]
+        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values, *([None] * 5)
+
+
+def _launch_forward(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    log_sink: torch.Tensor,
+    values: torch.Tensor,
+    seen: Seen,
+    out: torch.Tensor,
+    log_total: torch.Tensor,
+    window: int,
+    scale: float,
+) -> None:
+    B, T, H, K = q.shape
+    config = CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
+    block_heads = min(config.heads, max(16, triton.next_power_of_2(H)))
+    _forward[(B * T, triton.cdiv(H, block_heads))](
+        q,
+        kv,
+        values,
+        log_sink.contiguous(),
+        *seen.tensors(),
+        out,
+        log_total,
+        T,
+        kv.shape[1],
+        values.shape[1],
+        seen.picked.shape[-1],
+        window,
+        scale * LOG2_E,
+        KIND=seen.kind,
+        H=H,
+        K=K,
+        BLOCK_H=block_heads,
+        BLOCK_K=max(16, triton.next_power_of_2(K)),
+        BLOCK_N=config.keys,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+@triton.jit
+def _forward(
+    q_ptr,
+    kv_ptr,
+    values_ptr,
+    log_sink_ptr,
+    raw_begin_ptr,
+    picked_ptr,
+    begin_ptr,
+    end_ptr,
+    out_ptr,
+    log_total_ptr,
+    T,
+    S,
+    C,
+    P,
+    window,
+    log2_scale,
+    KIND: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One query and a block of heads. Past 60 lines, since loads and the order of sums are one thought."""
+    query = tl.program_id(0).to(tl.int64)  # of all B * T
+    row, t = query // T, query % T
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_K)
+    place = tl.arange(0, BLOCK_N)
+    is_channel = (channel < K)[None, :]
+    is_q = (head < H)[:, None] & is_channel
+    at = (query * H + head)[:, None] * K + channel[None, :]
+    q = tl.load(q_ptr + at, mask=is_q, other=0.0)  # [h, k]
+    log_sink = tl.load(log_sink_ptr + head, mask=head < H, other=0.0)
+    # A sink of -inf takes no part, and must not make the first difference inf - inf.
+    peak = tl.maximum(log_sink, -1e30)
+    total = tl.exp2(log_sink - peak)
+    acc = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.float32)
+
+    own = S - T + t
+    first = tl.maximum(tl.maximum(tl.load(raw_begin_ptr + query), own - window + 1), 0)
+    for start in range(first, own + 1, BLOCK_N):
+        raw = start + place
+        is_seen = raw <= own
+        keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel[None, :]
+        keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)  # [n, k]
+        acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+    if KIND == "interval":
+        first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
+        end = tl.minimum(tl.load(end_ptr + query), C)
+        for start in range(first_entry, end, BLOCK_N):
+            entry = start + place
+            is_seen = entry < end
+            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
+            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
+            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+    if KIND == "picked":
+        for start in range(0, P, BLOCK_N):
+            pick = start + place
+            entry = tl.load(picked_ptr + query * P + pick, mask=pick < P, other=-1)
+            is_seen = entry >= 0
+            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
+            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
+            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+
+    tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_q)
+    tl.store(log_total_ptr + query * H + head, peak + tl.log2(total), mask=head < H)
+
+
+@triton.jit
+def _meet(q, keys, is_seen, acc, peak, total, log2_scale):
+    """Take a tile of keys into the running softmax: acc [h, k] and total [h] are relative to exp2(peak)."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [h, n]
+    scores = tl.where(is_seen[None, :], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    shrink = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores - new_peak[:, None])
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(keys.dtype), keys, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_peak, total

@@ -1,0 +1,386 @@
+"""Low precision in one pass each: what is read once is scaled, coded and, to be rounded, decoded in registers.
+
+Codes are made by integer arithmetic on the bits of float32, so that they hang on no device's own 8-bit casts; bfloat16
+goes in and out as the upper half of those bits. A program takes neighbouring groups of rows, or one block of 128 x 128.
+"""
+
+# Kernels are a language of their own, in which a constexpr is a number and tensors are cut by None.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dsv4.ops.hadamard.triton import butterflies
+from dsv4.ops.lowbit import portable
+from dsv4.ops.lowbit.packed import Packed
+from dsv4.ops.lowbit.tables import BLOCK, FP4_GROUP
+
+ELEMENTS = 4096  # numbers of a program that takes groups: 32 registers of each of its 128 threads
+WARPS = 4
+BLOCK_WARPS = 8
+
+_ABS = tl.constexpr(0x7FFFFFFF)
+_INF = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(0x7FC00000)
+_MOST = tl.constexpr(0x7F7FFFFF)  # the largest float32
+_FLOOR = tl.constexpr(0x38D1B717)  # 1e-4, E4M3's floor, in float32
+
+
+def quantise_rows(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.lowbit.quantise_rows``."""
+    x = x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*x.shape[:-1], -(-x.shape[-1] // group), dtype=torch.uint8, device=x.device)
+    _over_groups(_encode_kernel, (x, codes, scales), x, group, is_fp4=False)
+    return codes, scales
+
+
+def quantise_fp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.lowbit.quantise_fp4``; codes and scales."""
+    w = w.contiguous()
+    *rows, columns = w.shape
+    codes, scales = (
+        torch.empty(*rows, columns // share, dtype=torch.uint8, device=w.device) for share in (2, FP4_GROUP)
+    )
+    _over_groups(_encode_kernel, (w, codes, scales), w, FP4_GROUP, is_fp4=True)
+    return codes, scales
+
+
+def quantise_blocks(w: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.lowbit.quantise_blocks``; codes and scales."""
+    w = w.contiguous()
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    scales = torch.empty(_block_counts(w.shape), dtype=scale_dtype, device=w.device)
+    _over_blocks(_encode_blocks_kernel, (w, codes, scales), w.shape, scales.numel())
+    return codes, scales
+
+
+def dequantise(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """See ``dsv4.ops.lowbit.dequantise``."""
+    codes, scales = packed.codes.contiguous(), packed.scales.contiguous()
+    w = torch.empty(packed.shape, dtype=dtype, device=codes.device)
+    if packed.kind == "fp8":
+        _over_blocks(_decode_blocks_kernel, (codes, scales, w), w.shape, scales.numel())
+    elif w.numel():
+        groups = scales.numel()
+        tile = ELEMENTS // FP4_GROUP
+        _decode_fp4_kernel[(triton.cdiv(groups, tile),)](codes, scales, _raw(w), groups, tile, num_warps=WARPS)
+    return w
+
+
+def round_rows(x: torch.Tensor, group: int, channels: int) -> torch.Tensor:
+    """See ``dsv4.ops.lowbit.round_rows``."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _over_groups(_round_kernel, (x, y), x, group, channels, is_fp4=False)
+    return y
+
+
+def round_index(x: torch.Tensor) -> torch.Tensor:
+    """See ``dsv4.ops.lowbit.round_index``."""
+    if x.dtype == torch.float64:  # transformed in float64, which on an accelerator nothing but tests has
+        return portable.round_index(x)
+    x, width = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    if x.numel():
+        rows, tile = x.numel() // width, max(1, ELEMENTS // width)
+        _round_index_kernel[(triton.cdiv(rows, tile),)](
+            _raw(x), _raw(y), rows, width**-0.5, tile, width, width.bit_length() - 1, min(width, FP4_GROUP),
+            num_warps=WARPS,
+        )  # fmt: skip
+    return y
+
+
+def round_fp4(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See ``dsv4.ops.lowbit.round_fp4``."""
+    w = w.contiguous()
+    y = torch.empty(w.shape, dtype=dtype, device=w.device)
+    _over_groups(_round_kernel, (w, y), w, FP4_GROUP, is_fp4=True)
+    return y
+
+
+def round_blocks(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See ``dsv4.ops.lowbit.round_blocks``."""
+    w = w.contiguous()
+    y = torch.empty(w.shape, dtype=dtype, device=w.device)
+    _over_blocks(_round_blocks_kernel, (w, y), w.shape, _block_counts(w.shape).numel())
+    return y
+
+
+# Launches
+
+
+def _raw(x: torch.Tensor) -> torch.Tensor:
+    """x as kernels take it: bfloat16 by its bits."""
+    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
+
+
+def _over_groups(kernel, tensors, x: torch.Tensor, group: int, channels: int | None = None, *, is_fp4: bool) -> None:
+    """Run a kernel over the groups of the first ``channels`` of each row, and over the others in parts as wide."""
+    width = x.shape[-1]
+    channels = width if channels is None else channels
+    if not x.numel():
+        return
+    group = min(group, width)
+    coded = triton.cdiv(channels, group)
+    per_row = coded + triton.cdiv(width - channels, group)
+    padded = triton.next_power_of_2(group)
+    parts, tile = x.numel() // width * per_row, max(1, ELEMENTS // padded)
+    is_whole = group == padded and channels % group == 0 and width % group == 0
+    kernel[(triton.cdiv(parts, tile),)](
+        *map(_raw, tensors), parts, per_row, coded, width, channels, group, tile, padded, is_whole, is_fp4,
+        num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _over_blocks(kernel, tensors, shape: torch.Size, num_blocks: int) -> None:
+    """Run a kernel over the blocks of 128 x 128 of a stack of matrices."""
+    if num_blocks:
+        rows, columns = shape[-2:]
+        kernel[(num_blocks,)](
+            *map(_raw, tensors), rows, columns, triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK), BLOCK,
+            num_warps=BLOCK_WARPS,
+        )  # fmt: skip
+
+
+def _block_counts(shape: torch.Size) -> torch.Size:
+    *stack, rows, columns = shape
+    return torch.Size([*stack, -(-rows // BLOCK), -(-columns // BLOCK)])
+
+
+# Numbers and their bits
+
+
+@triton.jit
+def _bits(x):
+    """The bits of x in float32, int32; of bfloat16, which comes as int16, they are the upper half."""
+    if x.dtype == tl.int16:
+        return x.to(tl.int32) << 16
+    else:
+        return x.to(tl.float32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _number(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _cast(y, dtype: tl.constexpr):
+    """y float32 rounded to ``dtype``; int16 stands for bfloat16, to which it rounds by its bits, ties to even."""
+    if dtype == tl.int16:
+        bits = y.to(tl.int32, bitcast=True)
+        rounded = bits + 0x7FFF + (bits >> 16 & 1)
+        rounded = tl.where((bits & _ABS) > _INF, bits | 0x400000, rounded)
+        return (rounded >> 16).to(tl.int16)
+    else:
+        return y.to(dtype)
+
+
+@triton.jit
+def _size(bits):
+    """The bits of the size of a number for the scale of its group: 0 of NaN, and the largest of infinity."""
+    size = bits & _ABS
+    return tl.minimum(tl.where(size > _INF, 0, size), _MOST)
+
+
+@triton.jit
+def _scale(most, IS_FP4: tl.constexpr):
+    """The E8M0 scale of a group by the bits of its largest size: exponents less, and one more if the mantissa is above.
+
+    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126.
+    """
+    above: tl.constexpr = 0x3FFFFF if IS_FP4 else 0x1FFFFF  # what carries into the exponent from such a mantissa up
+    return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 else 105)
+
+
+@triton.jit
+def _code(bits, scale, IS_FP4: tl.constexpr):
+    """The code, with its sign, of the number of these bits over its E8M0 scale; an infinite one has the largest.
+
+    Code and float32 differ in the bias of exponents and in bits of the mantissa, all but 3 or 1 of which are rounded
+    off, ties to even; below the code's least exponent, one more for each power of two.
+    """
+    kept: tl.constexpr = 1 if IS_FP4 else 3
+    least: tl.constexpr = 127 if IS_FP4 else 121  # the exponent of the least normal number, as float32 has it
+    size = bits & _ABS
+    exponent = tl.maximum(size >> 23, 1)
+    mantissa = (size & 0x7FFFFF) | tl.where(size >> 23 > 0, 0x800000, 0)
+    above = exponent - scale + (127 - least)
+    shift = tl.minimum(23 - kept + tl.maximum(-above, 0), 25)  # by 25 all round to zero
+    half = (1 << (shift - 1)) - 1 + (mantissa >> shift & 1)
+    code = (mantissa + half >> shift) + (tl.maximum(above, 0) << kept)
+    if IS_FP4:  # has no NaN: 0, and the scale says so
+        code = tl.where(size >= _INF, tl.where(size > _INF, 0, 7), code)
+    else:
+        code = tl.where(size >= _INF, tl.where(size > _INF, 127, 126), code)
+    return code | tl.where(bits < 0, 8 if IS_FP4 else 128, 0)
+
+
+@triton.jit
+def _value(code, IS_FP4: tl.constexpr):
+    """The value of a code with its sign, float32."""
+    kept: tl.constexpr = 1 if IS_FP4 else 3
+    least: tl.constexpr = 127 if IS_FP4 else 121
+    unit: tl.constexpr = 0.5 if IS_FP4 else 0.001953125  # of what is not normal
+    size = code & (7 if IS_FP4 else 127)
+    small = (size.to(tl.float32) * unit).to(tl.int32, bitcast=True)
+    value = tl.where(size < (1 << kept), small, (size << (23 - kept)) + (least - 1 << 23))
+    if not IS_FP4:
+        value = tl.where(size == 127, _NAN, value)
+    return _number(value | (code & (8 if IS_FP4 else 128)) << (28 if IS_FP4 else 24))
+
+
+@triton.jit
+def _factor(scale):
+    """The number of an E8M0 scale, float32: the least is subnormal, and 255 no number."""
+    bits = tl.where(scale == 0, 0x400000, scale << 23)
+    return _number(tl.where(scale == 255, _NAN, bits))
+
+
+@triton.jit
+def _group_scale(bits, IS_FP4: tl.constexpr):
+    """The scales of groups [G, WIDTH], [G]: of those with a NaN, 255 in E2M1, to be stored; and one to divide by."""
+    scale = _scale(tl.max(_size(bits), axis=1), IS_FP4)
+    stored = scale
+    if IS_FP4:
+        stored = tl.where(tl.max(bits & _ABS, axis=1) > _INF, 255, scale)
+    return scale, stored
+
+
+# Groups of rows
+
+
+@triton.jit
+def _places(
+    parts, per_row, coded, width, channels,
+    GROUP: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Parts of this program [TILE], which of them are coded, and where their numbers are [TILE, PADDED].
+
+    Of whole parts all columns are there: a mask that is the same for all of them lets loads be wide ones.
+    """
+    part = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, i = part // per_row, part % per_row
+    is_coded = i < coded
+    first = tl.where(is_coded, i * GROUP, channels + (i - coded) * GROUP)
+    column = tl.arange(0, PADDED)[None, :]
+    is_in = (part < parts)[:, None]
+    if not IS_WHOLE:
+        end = tl.minimum(first + GROUP, tl.where(is_coded, channels, width))
+        is_in = is_in & (first[:, None] + column < end[:, None])
+    return part, is_coded, (row * width + first)[:, None] + column, is_in
+
+
+@triton.jit
+def _encode_kernel(
+    x, codes, scales, parts, per_row, coded, width, channels,
+    GROUP: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, IS_WHOLE: tl.constexpr, IS_FP4: tl.constexpr,
+):  # fmt: skip
+    part, _, at, is_in = _places(parts, per_row, coded, width, channels, GROUP, TILE, PADDED, IS_WHOLE)
+    bits = _bits(tl.load(x + at, mask=is_in, other=0))
+    scale, stored = _group_scale(bits, IS_FP4)
+    code = _code(bits, scale[:, None], IS_FP4)
+    tl.store(scales + part, stored.to(tl.uint8), mask=part < parts)
+    if IS_FP4:  # rows of whole groups: a group's bytes follow those of the one before
+        low, high = tl.split(tl.reshape(code, (TILE, PADDED // 2, 2)))
+        byte = part[:, None] * (PADDED // 2) + tl.arange(0, PADDED // 2)[None, :]
+        tl.store(codes + byte, (low | high << 4).to(tl.uint8), mask=(part < parts)[:, None])
+    else:
+        tl.store(codes + at, code.to(tl.uint8), mask=is_in)
+
+
+@triton.jit
+def _round_kernel(
+    x, y, parts, per_row, coded, width, channels,
+    GROUP: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, IS_WHOLE: tl.constexpr, IS_FP4: tl.constexpr,
+):  # fmt: skip
+    _, is_coded, at, is_in = _places(parts, per_row, coded, width, channels, GROUP, TILE, PADDED, IS_WHOLE)
+    given = tl.load(x + at, mask=is_in, other=0)
+    bits = _bits(given)
+    scale, stored = _group_scale(bits, IS_FP4)
+    rounded = _value(_code(bits, scale[:, None], IS_FP4), IS_FP4) * _factor(stored)[:, None]
+    made = _cast(rounded, y.dtype.element_ty)
+    if not IS_FP4:  # channels behind the coded ones stay, to the bit; x and y have one dtype
+        made = tl.where(is_coded[:, None], made, given)
+    tl.store(y + at, made, mask=is_in)
+
+
+@triton.jit
+def _round_index_kernel(
+    x, y, rows, factor, ROWS: tl.constexpr, WIDTH: tl.constexpr, ROUNDS: tl.constexpr, GROUP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    is_in = (row < rows)[:, None]
+    sums = butterflies(_number(_bits(tl.load(x + at, mask=is_in, other=0))), ROWS, WIDTH, ROUNDS)
+    turned = _bits(_cast(sums * factor, y.dtype.element_ty))  # rounded to the dtype of x first
+    bits = tl.reshape(turned, (ROWS * WIDTH // GROUP, GROUP))
+    scale, stored = _group_scale(bits, True)
+    rounded = _value(_code(bits, scale[:, None], True), True) * _factor(stored)[:, None]
+    tl.store(y + at, _cast(tl.reshape(rounded, (ROWS, WIDTH)), y.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
+def _decode_fp4_kernel(codes, scales, w, groups, TILE: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    is_in = (group < groups)[:, None]
+    byte = tl.load(codes + group[:, None] * 16 + tl.arange(0, 16)[None, :], mask=is_in, other=0).to(tl.int32)
+    code = tl.reshape(tl.join(byte & 15, byte >> 4), (TILE, 32))
+    factor = _factor(tl.load(scales + group, mask=group < groups, other=0).to(tl.int32))
+    value = _value(code, True) * factor[:, None]
+    tl.store(w + group[:, None] * 32 + tl.arange(0, 32)[None, :], _cast(value, w.dtype.element_ty), mask=is_in)
+
+
+# Blocks
+
+
+@triton.jit
+def _block_places(rows, columns, down, right, SIDE: tl.constexpr):
+    """Where the numbers of this program's block are, [SIDE, SIDE]."""
+    block = tl.program_id(0).to(tl.int64)
+    row = block // right % down * SIDE + tl.arange(0, SIDE)
+    column = block % right * SIDE + tl.arange(0, SIDE)
+    at = (block // (down * right) * rows + row[:, None]) * columns + column[None, :]
+    return at, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _block_most(bits):
+    return tl.max(tl.max(_size(bits), axis=1), axis=0)
+
+
+@triton.jit
+def _encode_blocks_kernel(w, codes, scales, rows, columns, down, right, SIDE: tl.constexpr):
+    at, is_in = _block_places(rows, columns, down, right, SIDE)
+    bits = _bits(tl.load(w + at, mask=is_in, other=0))
+    most = _block_most(bits)
+    if scales.dtype.element_ty == tl.uint8:
+        scale = _scale(most, False)
+        code = _code(bits, scale, False)
+        tl.store(scales + tl.program_id(0), scale.to(tl.uint8))
+    else:  # quotients round to float32, as nearest as can be
+        factor = tl.div_rn(_number(tl.maximum(most, _FLOOR)), 448.0)
+        code = _code(tl.div_rn(_number(bits), factor).to(tl.int32, bitcast=True), 127, False)
+        tl.store(scales + tl.program_id(0), factor)
+    tl.store(codes + at, code.to(tl.uint8), mask=is_in)
+
+
+@triton.jit
+def _decode_blocks_kernel(codes, scales, w, rows, columns, down, right, SIDE: tl.constexpr):
+    at, is_in = _block_places(rows, columns, down, right, SIDE)
+    scale = tl.load(scales + tl.program_id(0))
+    factor = _factor(scale.to(tl.int32)) if scales.dtype.element_ty == tl.uint8 else scale
+    value = _value(tl.load(codes + at, mask=is_in, other=0).to(tl.int32), False) * factor
+    tl.store(w + at, _cast(value, w.dtype.element_ty), mask=is_in)
+
+
+@triton.jit
+def _round_blocks_kernel(w, y, rows, columns, down, right, SIDE: tl.constexpr):
+    at, is_in = _block_places(rows, columns, down, right, SIDE)
+    bits = _bits(tl.load(w + at, mask=is_in, other=0))
+    scale = _scale(_block_most(bits), False)
+    value = _value(_code(bits, scale, False), False) * _factor(scale)
+    tl.store(y + at, _cast(value, y.dtype.element_ty), mask=is_in)

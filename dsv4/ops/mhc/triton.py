@@ -1,0 +1,283 @@
+"""Hyper-connections on an accelerator: reading is three kernels, writing one, and each sees the streams once.
+
+Reading cannot be one kernel that also fills the machine. The map fn weighs 24 N D floats, more than the streams of
+dozens of tokens, so a program that reads it must hold a block of tokens; the read and its norm want a program a token.
+So: ``_project`` (tokens by parts of N D) leaves partial products and square sums, ``_coefficients`` adds them in order
+and does the Sinkhorn rounds in registers, ``_read`` takes the sum and normalises it. The parts are as many for one
+token as for a million, so a token's bits never depend on the others. ``_read`` goes from the last token to the first:
+what ``_project`` read last is still in the second-level cache.
+
+Kept for backward: the streams, M mixes and one inverse RMS a token; the Sinkhorn rounds are formed again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from dsv4.ops.mhc import portable
+from dsv4.ops.mhc import triton_backward as back
+from dsv4.ops.mhc.triton_parts import CONFIG, doubly_stochastic, scaled, sum_of_streams, warps
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_CHANNELS = 16384  # of a stream: 32 float32 registers a thread with 16 warps
+MOST_STREAMS = 8
+
+
+def pre(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.mhc.pre``."""
+    if not _serves(streams, fn):
+        return portable.pre(streams, fn, base, scale, norm_weight, norm_eps, eps, iterations)
+    B, T, N, D = streams.shape
+    x, post_weights, comb, carried = _Pre.apply(
+        streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, iterations
+    )
+    return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
+
+
+def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """See ``dsv4.ops.mhc.post``."""
+    if not _serves(streams, comb) or y.dtype not in DTYPES:
+        return portable.post(streams, y, post_weights, comb)
+    mixed = _Post.apply(streams.flatten(0, 1), y.flatten(0, 1), post_weights.flatten(0, 1), comb.flatten(0, 1))
+    return mixed.view(streams.shape)
+
+
+def head(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
+) -> torch.Tensor:
+    """See ``dsv4.ops.mhc.head``."""
+    if not _serves(streams, fn):
+        return portable.head(streams, fn, base, scale, norm_weight, norm_eps, eps)
+    x, _, _, _ = _Pre.apply(streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, 0)
+    return x.view(*streams.shape[:2], streams.shape[-1])
+
+
+def sinkhorn(logits: torch.Tensor, eps: float, iterations: int) -> torch.Tensor:
+    """See ``dsv4.ops.mhc.sinkhorn``."""
+    N = logits.shape[-1]
+    if logits.dtype != torch.float32 or N > MOST_STREAMS:
+        return portable.sinkhorn(logits, eps, iterations)
+    return _Sinkhorn.apply(logits.reshape(-1, N, N), eps, iterations).view(logits.shape)
+
+
+def _serves(streams: torch.Tensor, coefficients: torch.Tensor) -> bool:
+    small = streams.shape[2] <= MOST_STREAMS and streams.shape[3] <= MOST_CHANNELS
+    return small and streams.dtype in DTYPES and coefficients.dtype == torch.float32
+
+
+class _Pre(torch.autograd.Function):
+    """Reading and normalisation. With no iterations there is a head's read alone, without post and comb."""
+
+    @staticmethod
+    def forward(ctx, streams, fn, base, scale, norm_weight, norm_eps, eps, iterations):
+        streams, fn, base, scale, norm_weight = (x.contiguous() for x in (streams, fn, base, scale, norm_weight))
+        T, N, D = streams.shape
+        M = len(fn)
+        x, mixes, inverse_rms = streams.new_empty(T, D), fn.new_empty(T, M), fn.new_empty(T)
+        post_weights = fn.new_empty(T if iterations else 0, N)
+        comb = fn.new_empty(T if iterations else 0, N, N)
+        if T and D:
+            c, P = CONFIG, triton.next_power_of_2(N)
+            partial = fn.new_empty(T, c.parts, M + 1)
+            part = triton.cdiv(triton.cdiv(N * D, c.parts), c.channels) * c.channels
+            _project[(triton.cdiv(T, c.tokens), c.parts)](
+                streams, fn, partial, T, M=M, SIZE=N * D, PART=part, PARTS=c.parts, TOKENS=c.tokens,
+                ROWS=max(triton.next_power_of_2(M), 16), CHANNELS=c.channels, PRECISION=c.precision,
+                num_warps=4, num_stages=3,
+            )  # fmt: skip
+            _coefficients[(triton.cdiv(T, c.tokens_of_coefficients),)](
+                partial, base, scale, mixes, inverse_rms, post_weights, comb, T, norm_eps, eps,
+                N=N, P=P, M=M, SIZE=N * D, PARTS=c.parts, ITERATIONS=iterations, TOKENS=c.tokens_of_coefficients,
+                num_warps=1,
+            )  # fmt: skip
+            _read[(T,)](
+                streams, mixes, base, scale, norm_weight, x, T, norm_eps, eps,
+                N=N, M=M, D=D, BLOCK=triton.next_power_of_2(D), num_warps=warps(D),
+            )  # fmt: skip
+        ctx.save_for_backward(streams, fn, base, scale, norm_weight, mixes, inverse_rms)
+        ctx.norm_eps, ctx.eps, ctx.iterations = norm_eps, eps, iterations
+        ctx.set_materialize_grads(False)
+        return x, post_weights, comb, streams.view_as(streams)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_x, grad_post, grad_comb, grad_carried):
+        grads = back.pre(
+            *ctx.saved_tensors, ctx.norm_eps, ctx.eps, ctx.iterations, grad_x, grad_post, grad_comb, grad_carried
+        )
+        return *grads, None, None, None
+
+
+class _Post(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams, y, post_weights, comb):
+        kept = [x.contiguous() for x in (streams, y, post_weights, comb)]
+        T, N, D = streams.shape
+        out = torch.empty_like(kept[0])
+        if out.numel():
+            block = min(triton.next_power_of_2(D), CONFIG.channels_of_a_write)
+            _write[(T, triton.cdiv(D, block))](*kept, out, N=N, D=D, BLOCK=block, num_warps=4)
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return back.post(*ctx.saved_tensors, grad)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, eps, iterations):
+        logits = logits.contiguous()
+        comb = torch.empty_like(logits)
+        T, N, _ = logits.shape
+        if logits.numel():
+            tokens = CONFIG.tokens_of_coefficients
+            _project_onto_doubly_stochastic[(triton.cdiv(T, tokens),)](
+                logits, comb, T, eps, N=N, P=triton.next_power_of_2(N), ITERATIONS=iterations, TOKENS=tokens,
+                num_warps=1,
+            )  # fmt: skip
+        ctx.save_for_backward(logits)
+        ctx.eps, ctx.iterations = eps, iterations
+        return comb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (logits,) = ctx.saved_tensors
+        return back.sinkhorn(grad, logits, ctx.eps, ctx.iterations), None, None
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _project(
+    streams, fn, partial, num_tokens,
+    M: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One part of a block of tokens: M products with fn, and in column M the sum of squares."""
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.program_id(1)
+    rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    is_token, is_row = tokens < num_tokens, rows < M
+    products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
+    squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
+    for first in range(0, PART, CHANNELS):
+        at = part * PART + first + channels
+        of_x, of_w = tokens[:, None] * SIZE + at[None, :], rows[:, None] * SIZE + at[None, :]
+        x = tl.load(streams + of_x, mask=is_token[:, None] & (at < SIZE)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(fn + of_w, mask=is_row[:, None] & (at < SIZE)[None, :], other=0.0)
+        squares += x * x
+        products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+    to = partial + (tokens * PARTS + part) * (M + 1)
+    tl.store(to[:, None] + rows[None, :], products, mask=is_token[:, None] & is_row[None, :])
+    tl.store(to + M, tl.sum(squares, axis=1), mask=is_token)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _coefficients(
+    partial, base, scale, mixes, inverse_rms, post_weights, comb, num_tokens, norm_eps, eps,
+    N: tl.constexpr, P: tl.constexpr, M: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+    ITERATIONS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """From the partial sums of a block of tokens to its mixes and weights. P is N or the power of two above it."""
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    is_token = tokens < num_tokens
+    i = tl.arange(0, P)
+    at = tokens[:, None] * N + i[None, :]
+    of_mix = tokens[:, None] * M + i[None, :]
+    inside = is_token[:, None] & (i < N)[None, :]
+    square = tl.zeros([TOKENS], dtype=tl.float32)
+    first = tl.zeros([TOKENS, P], dtype=tl.float32)
+    for part in range(PARTS):
+        begin = partial + (tokens * PARTS + part) * (M + 1)
+        square += tl.load(begin + M, mask=is_token, other=1.0)
+        first += tl.load(begin[:, None] + i[None, :], mask=inside, other=0.0)
+    inverse = tl.rsqrt(square / SIZE + norm_eps)
+    tl.store(inverse_rms + tokens, inverse, mask=is_token)
+    tl.store(mixes + of_mix, first * inverse[:, None], mask=inside)
+    if ITERATIONS > 0:
+        # comb's rows and columns: [1, P, P]
+        place = i[None, :, None] * N + i[None, None, :]
+        is_place = (i < N)[None, :, None] & (i < N)[None, None, :]
+        is_square = is_token[:, None, None] & is_place
+        second = tl.zeros([TOKENS, P], dtype=tl.float32)
+        third = tl.zeros([TOKENS, P, P], dtype=tl.float32)
+        for part in range(PARTS):
+            begin = partial + (tokens * PARTS + part) * (M + 1)
+            second += tl.load(begin[:, None] + N + i[None, :], mask=inside, other=0.0)
+            third += tl.load(begin[:, None, None] + 2 * N + place, mask=is_square, other=0.0)
+        second = second * inverse[:, None]
+        third = third * inverse[:, None, None]
+        tl.store(mixes + of_mix + N, second, mask=inside)
+        tl.store(mixes + tokens[:, None, None] * M + 2 * N + place, third, mask=is_square)
+        gate = tl.sigmoid(scaled(second, base + N + i[None, :], scale + 1, (i < N)[None, :]))
+        tl.store(post_weights + at, 2 * gate, mask=inside)
+        logits = scaled(third, base + 2 * N + place, scale + 2, is_place)
+        value = doubly_stochastic(logits, is_place, eps, ITERATIONS)
+        tl.store(comb + tokens[:, None, None] * (N * N) + place, value, mask=is_square)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _project_onto_doubly_stochastic(
+    logits, comb, num_tokens, eps,
+    N: tl.constexpr, P: tl.constexpr, ITERATIONS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    i = tl.arange(0, P)
+    is_place = (i < N)[None, :, None] & (i < N)[None, None, :]
+    inside = (tokens < num_tokens)[:, None, None] & is_place
+    at = tokens[:, None, None] * (N * N) + i[None, :, None] * N + i[None, None, :]
+    given = tl.load(logits + at, mask=inside, other=0.0)
+    tl.store(comb + at, doubly_stochastic(given, is_place, eps, ITERATIONS), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _read(
+    streams, mixes, base, scale, norm_weight, x, num_tokens, norm_eps, eps,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token, from the last to the first: the sum of its streams, held in registers, and its norm."""
+    token = num_tokens - 1 - tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    inside = channels < D
+    u = sum_of_streams(streams + token * N * D, channels, mixes + token * M, base, scale, eps, inside, N, D)
+    inverse = tl.rsqrt(tl.sum(u * u, axis=0) / D + norm_eps)
+    weight = tl.load(norm_weight + channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + token * D + channels, (u * inverse * weight).to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write(
+    streams, y, post_weights, comb, out,
+    N: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some channels of one token: X'_k = post_k y + sum_j comb_jk X_j. Streams come from the cache again."""
+    token = tl.program_id(0).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channels < D
+    written = tl.load(y + token * D + channels, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(N):
+        value = written * tl.load(post_weights + token * N + k)
+        for j in tl.static_range(N):
+            stream = tl.load(streams + (token * N + j) * D + channels, mask=inside, other=0.0).to(tl.float32)
+            value += stream * tl.load(comb + (token * N + j) * N + k)
+        tl.store(out + (token * N + k) * D + channels, value.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,168 @@
+"""The Triton kernels of the hyper-connections against float64, to the bit over neighbours and runs."""
+
+import pytest
+import torch
+
+from dsv4.ops.mhc import portable, reference, triton_parts
+from dsv4.ops.mhc import triton as kernels
+from dsv4.testing.compare import evaluate
+from tests.ops.triton_lane import DEVICE, DTYPES, assert_near, poisoned
+
+# One stream's weight reaches the result through the norm's eps alone: large, so that something is left to compare.
+NORM_EPS, EPS = 0.1, 1e-3
+# B, T, N, D: one channel, tails of every tile, more tokens than a block, streams that are no power of two, no tokens
+SIZES = [(1, 1, 4, 1), (2, 5, 4, 17), (1, 35, 2, 5), (1, 9, 3, 150), (1, 3, 1, 20), (1, 0, 4, 5)]
+ROUNDINGS = 4  # more than one rounding to a short dtype between input and result
+
+
+def inputs(B, T, N, D, rows=None, scales=3):
+    rows = rows or N * (2 + N)
+    return {
+        "streams": torch.randn(B, T, N, D, device=DEVICE),
+        "fn": torch.randn(rows, N * D, device=DEVICE) / (N * D) ** 0.5,
+        "base": torch.randn(rows, device=DEVICE),
+        "scale": torch.randn(scales, device=DEVICE),
+        "norm_weight": torch.randn(D, device=DEVICE),
+    }
+
+
+def sublayer(room, iterations=4):
+    def run(streams, y, fn, base, scale, norm_weight):
+        *read, carried = room.pre(streams, fn, base, scale, norm_weight, NORM_EPS, EPS, iterations)
+        return *read, room.post(carried, y, read[1], read[2])
+
+    return run
+
+
+def head(room):
+    return lambda streams, fn, base, scale, norm_weight: room.head(streams, fn, base, scale, norm_weight, NORM_EPS, EPS)
+
+
+def check(operation, dtype, some=lambda outputs: outputs, **given):
+    """Streams and y in dtype, all else float32; the reference has the same numbers in float64."""
+    given = {name: x.to(dtype) if name in ("streams", "y") else x for name, x in given.items()}
+    with poisoned():
+        found = evaluate(lambda **leaves: some(operation(kernels)(**leaves)), **given)
+    wide = {name: x.double() for name, x in given.items()}
+    wanted = evaluate(lambda **leaves: some(operation(reference)(**leaves)), **wide)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape
+        if name.startswith("gradient"):
+            assert found[name].dtype == given[name.removeprefix("gradient of ")].dtype
+        if value.numel() and value.abs().max() > 0:
+            assert_near(found[name], value, dtype, ROUNDINGS)
+        else:
+            assert not found[name].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_sublayer(sizes, dtype):
+    given = inputs(*sizes)
+    check(sublayer, dtype, y=torch.randn_like(given["streams"][:, :, 0]), **given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_head(sizes, dtype):
+    check(head, dtype, **inputs(*sizes, rows=sizes[2], scales=1))
+
+
+@pytest.mark.parametrize("parts", [(0,), (1,), (2,), (3,), (0, 3)])
+def test_each_output_alone_carries_its_gradient(parts):
+    given = inputs(2, 5, 4, 6)
+
+    def read(room):
+        return lambda streams, fn, base, scale, norm_weight: room.pre(
+            streams, fn, base, scale, norm_weight, NORM_EPS, EPS, 3
+        )
+
+    check(read, torch.float32, some=lambda outputs: [outputs[part] for part in parts], **given)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 20])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (2, 19, 3, 3), (0, 2, 2), (3, 8, 8), (1, 1, 1)])
+def test_sinkhorn(shape, iterations):
+    logits = 3 * torch.randn(shape, device=DEVICE)
+    with poisoned():
+        found = evaluate(lambda logits: kernels.sinkhorn(logits, EPS, iterations), logits=logits)
+    wanted = evaluate(lambda logits: reference.sinkhorn(logits, EPS, iterations), logits=logits.double())
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape
+        if value.numel():
+            # A matrix of one is its own projection but for eps: its gradient is what rounding leaves of nothing.
+            torch.testing.assert_close(found[name].double(), value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in the interpreter
+@pytest.mark.parametrize("logit", [-200.0, -20.0, 0.0, 80.0])
+def test_gates_at_the_ends_of_the_exponential(logit):
+    given = inputs(1, 2, 4, 3) | {"base": torch.full((24,), logit, device=DEVICE), "fn": torch.zeros(24, 12).to(DEVICE)}
+    for found, wanted in zip(
+        kernels.pre(*given.values(), NORM_EPS, EPS, 3), reference.pre(*given.values(), NORM_EPS, EPS, 3), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_of_very_different_sizes():
+    given = inputs(1, 6, 4, 9)
+    given["streams"] *= torch.logspace(-4, 4, 6, device=DEVICE)[:, None, None]
+    found = kernels.pre(*given.values(), NORM_EPS, EPS, 3)
+    wanted = reference.pre(*(x.double() for x in given.values()), NORM_EPS, EPS, 3)
+    for one, other in zip(found, wanted, strict=True):
+        for t in range(6):
+            assert_near(one[:, t], other[:, t], torch.float32, ROUNDINGS)
+
+
+def test_non_contiguous_input():
+    given = inputs(2, 3, 2, 7) | {"y": torch.randn(7, 3, 2, device=DEVICE).transpose(0, 2)}
+    given["streams"] = torch.randn(3, 2, 2, 7, device=DEVICE).transpose(0, 1)
+    check(sublayer, torch.float32, **given)
+    given["streams"] = torch.randn(2, 3, 1, 7, device=DEVICE).expand(2, 3, 2, 7)
+    check(sublayer, torch.float32, **given)
+
+
+@pytest.mark.parametrize("name", triton_parts.CONFIGS)
+def test_every_config(name, monkeypatch):
+    """The interpreter forms every product in float32, whatever its precision is called."""
+    for module in (kernels, kernels.back):
+        monkeypatch.setattr(module, "CONFIG", triton_parts.CONFIGS[name])
+    given = inputs(1, 5, 4, 40)
+    check(sublayer, torch.float32, y=torch.randn_like(given["streams"][:, :, 0]), **given)
+
+
+def test_a_token_is_the_same_alone():
+    given = inputs(1, 18, 2, 12)
+    y = torch.randn_like(given["streams"][:, :, 0])
+    cotangents = [torch.randn(1, 18, *size, device=DEVICE) for size in ((12,), (2,), (2, 2), (2, 12))]
+
+    def all_of(tokens):
+        leaves = [x[:, tokens].clone().requires_grad_() for x in (given["streams"], y)]
+        outputs = sublayer(kernels)(*leaves, *list(given.values())[1:])
+        grads = torch.autograd.grad(outputs, leaves, [x[:, tokens] for x in cotangents])
+        return *(x.detach() for x in outputs), *grads
+
+    whole = all_of(slice(None))
+    for tokens in (slice(0, 1), slice(17, 18), slice(3, 18)):
+        for all_tokens, some in zip(whole, all_of(tokens), strict=True):
+            assert torch.equal(all_tokens[:, tokens], some)
+
+
+def test_two_runs_give_the_same_bits():
+    given = inputs(1, 9, 2, 10)
+    given["y"] = torch.randn_like(given["streams"][:, :, 0])
+    first, second = evaluate(sublayer(kernels), **given), evaluate(sublayer(kernels), **given)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_portable_path(monkeypatch):
+    for name in ("_Pre", "_Post", "_Sinkhorn"):
+        monkeypatch.setattr(getattr(kernels, name), "apply", lambda *_: pytest.fail("a kernel ran"))
+    for given in ({k: v.double() for k, v in inputs(1, 3, 4, 5).items()}, inputs(1, 3, 9, 5)):
+        given = {name: x.cpu() for name, x in given.items()}
+        y = torch.randn(1, 3, 5).to(given["streams"].dtype)
+        found, wanted = sublayer(kernels)(y=y, **given), sublayer(portable)(y=y, **given)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    logits = torch.randn(2, 9, 9)
+    assert torch.equal(kernels.sinkhorn(logits, EPS, 2), portable.sinkhorn(logits, EPS, 2))
