@@ -8,8 +8,6 @@ A query's result depends on its own keys alone, taken in order from the first: n
 The backward kernels are in ``triton_backward.py`` and ``triton_keys.py``.
 """
 
-# Launches and what a kernel sees of its arguments are beyond a type checker:
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

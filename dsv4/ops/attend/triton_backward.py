@@ -7,8 +7,6 @@ With s = scale q . x, p = exp(s - log-sum-exp) and delta = out . grad, of a quer
 Queries go as in forward, one by one; keys go the other way round, in ``triton_keys.py``.
 """
 
-# Launches and what a kernel sees of its arguments are beyond a type checker:
-
 from __future__ import annotations
 
 import math

@@ -9,8 +9,6 @@ entry by entry, along a list of the picks sorted by entry. That is done for so m
 number that depends on P and K alone, that it fits in PARTS_HELD.
 """
 
-# Launches and what a kernel sees of its arguments are beyond a type checker:
-
 from __future__ import annotations
 
 import torch

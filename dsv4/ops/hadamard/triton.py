@@ -3,8 +3,6 @@
 float64 is ``portable``'s: on an accelerator nothing but tests has it.
 """
 
-# Launches, and loops that a compiler unrolls, are beyond a type checker.
-
 from __future__ import annotations
 
 import torch
