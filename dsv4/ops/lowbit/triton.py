@@ -16,15 +16,23 @@ from dsv4.ops.hadamard.triton import butterflies
 from dsv4.ops.lowbit import portable
 from dsv4.ops.lowbit.packed import Packed
 from dsv4.ops.lowbit.tables import BLOCK, FP4_GROUP
+from dsv4.ops.lowbit.triton_codes import (
+    bits_of,
+    cast,
+    code_of,
+    factor_of,
+    group_scales,
+    number_of,
+    raw_bits,
+    scale_of,
+    size_of,
+    value_of,
+)
 
 ELEMENTS = 4096  # numbers of a program that takes groups: 32 registers of each of its 128 threads
 WARPS = 4
 BLOCK_WARPS = 8
 
-_ABS = tl.constexpr(0x7FFFFFFF)
-_INF = tl.constexpr(0x7F800000)
-_NAN = tl.constexpr(0x7FC00000)
-_MOST = tl.constexpr(0x7F7FFFFF)  # the largest float32
 _FLOOR = tl.constexpr(0x38D1B717)  # 1e-4, E4M3's floor, in float32
 
 
@@ -66,7 +74,7 @@ def dequantise(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
     elif w.numel():
         groups = scales.numel()
         tile = ELEMENTS // FP4_GROUP
-        _decode_fp4_kernel[(triton.cdiv(groups, tile),)](codes, scales, _raw(w), groups, tile, num_warps=WARPS)
+        _decode_fp4_kernel[(triton.cdiv(groups, tile),)](codes, scales, raw_bits(w), groups, tile, num_warps=WARPS)
     return w
 
 
@@ -87,7 +95,7 @@ def round_index(x: torch.Tensor) -> torch.Tensor:
     if x.numel():
         rows, tile = x.numel() // width, max(1, ELEMENTS // width)
         _round_index_kernel[(triton.cdiv(rows, tile),)](
-            _raw(x), _raw(y), rows, width**-0.5, tile, width, width.bit_length() - 1, min(width, FP4_GROUP),
+            raw_bits(x), raw_bits(y), rows, width**-0.5, tile, width, width.bit_length() - 1, min(width, FP4_GROUP),
             num_warps=WARPS,
         )  # fmt: skip
     return y
@@ -112,11 +120,6 @@ def round_blocks(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # Launches
 
 
-def _raw(x: torch.Tensor) -> torch.Tensor:
-    """x as kernels take it: bfloat16 by its bits."""
-    return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
-
-
 def _over_groups(kernel, tensors, x: torch.Tensor, group: int, channels: int | None = None, *, is_fp4: bool) -> None:
     """Run a kernel over the groups of the first ``channels`` of each row, and over the others in parts as wide."""
     width = x.shape[-1]
@@ -130,7 +133,7 @@ def _over_groups(kernel, tensors, x: torch.Tensor, group: int, channels: int | N
     parts, tile = x.numel() // width * per_row, max(1, ELEMENTS // padded)
     is_whole = group == padded and channels % group == 0 and width % group == 0
     kernel[(triton.cdiv(parts, tile),)](
-        *map(_raw, tensors), parts, per_row, coded, width, channels, group, tile, padded, is_whole, is_fp4,
+        *map(raw_bits, tensors), parts, per_row, coded, width, channels, group, tile, padded, is_whole, is_fp4,
         num_warps=WARPS,
     )  # fmt: skip
 
@@ -140,7 +143,7 @@ def _over_blocks(kernel, tensors, shape: torch.Size, num_blocks: int) -> None:
     if num_blocks:
         rows, columns = shape[-2:]
         kernel[(num_blocks,)](
-            *map(_raw, tensors), rows, columns, triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK), BLOCK,
+            *map(raw_bits, tensors), rows, columns, triton.cdiv(rows, BLOCK), triton.cdiv(columns, BLOCK), BLOCK,
             num_warps=BLOCK_WARPS,
         )  # fmt: skip
 
@@ -148,106 +151,6 @@ def _over_blocks(kernel, tensors, shape: torch.Size, num_blocks: int) -> None:
 def _block_counts(shape: torch.Size) -> torch.Size:
     *stack, rows, columns = shape
     return torch.Size([*stack, -(-rows // BLOCK), -(-columns // BLOCK)])
-
-
-# Numbers and their bits
-
-
-@triton.jit
-def _bits(x):
-    """The bits of x in float32, int32; of bfloat16, which comes as int16, they are the upper half."""
-    if x.dtype == tl.int16:
-        return x.to(tl.int32) << 16
-    else:
-        return x.to(tl.float32).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _number(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _cast(y, dtype: tl.constexpr):
-    """y float32 rounded to ``dtype``; int16 stands for bfloat16, to which it rounds by its bits, ties to even."""
-    if dtype == tl.int16:
-        bits = y.to(tl.int32, bitcast=True)
-        rounded = bits + 0x7FFF + (bits >> 16 & 1)
-        rounded = tl.where((bits & _ABS) > _INF, bits | 0x400000, rounded)
-        return (rounded >> 16).to(tl.int16)
-    else:
-        return y.to(dtype)
-
-
-@triton.jit
-def _size(bits):
-    """The bits of the size of a number for the scale of its group: 0 of NaN, and the largest of infinity."""
-    size = bits & _ABS
-    return tl.minimum(tl.where(size > _INF, 0, size), _MOST)
-
-
-@triton.jit
-def _scale(most, IS_FP4: tl.constexpr):
-    """The E8M0 scale of a group by the bits of its largest size: exponents less, and one more if the mantissa is above.
-
-    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126.
-    """
-    above: tl.constexpr = 0x3FFFFF if IS_FP4 else 0x1FFFFF  # what carries into the exponent from such a mantissa up
-    return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 else 105)
-
-
-@triton.jit
-def _code(bits, scale, IS_FP4: tl.constexpr):
-    """The code, with its sign, of the number of these bits over its E8M0 scale; an infinite one has the largest.
-
-    Code and float32 differ in the bias of exponents and in bits of the mantissa, all but 3 or 1 of which are rounded
-    off, ties to even; below the code's least exponent, one more for each power of two.
-    """
-    kept: tl.constexpr = 1 if IS_FP4 else 3
-    least: tl.constexpr = 127 if IS_FP4 else 121  # the exponent of the least normal number, as float32 has it
-    size = bits & _ABS
-    exponent = tl.maximum(size >> 23, 1)
-    mantissa = (size & 0x7FFFFF) | tl.where(size >> 23 > 0, 0x800000, 0)
-    above = exponent - scale + (127 - least)
-    shift = tl.minimum(23 - kept + tl.maximum(-above, 0), 25)  # by 25 all round to zero
-    half = (1 << (shift - 1)) - 1 + (mantissa >> shift & 1)
-    code = (mantissa + half >> shift) + (tl.maximum(above, 0) << kept)
-    if IS_FP4:  # has no NaN: 0, and the scale says so
-        code = tl.where(size >= _INF, tl.where(size > _INF, 0, 7), code)
-    else:
-        code = tl.where(size >= _INF, tl.where(size > _INF, 127, 126), code)
-    return code | tl.where(bits < 0, 8 if IS_FP4 else 128, 0)
-
-
-@triton.jit
-def _value(code, IS_FP4: tl.constexpr):
-    """The value of a code with its sign, float32."""
-    kept: tl.constexpr = 1 if IS_FP4 else 3
-    least: tl.constexpr = 127 if IS_FP4 else 121
-    unit: tl.constexpr = 0.5 if IS_FP4 else 0.001953125  # of what is not normal
-    size = code & (7 if IS_FP4 else 127)
-    small = (size.to(tl.float32) * unit).to(tl.int32, bitcast=True)
-    value = tl.where(size < (1 << kept), small, (size << (23 - kept)) + (least - 1 << 23))
-    if not IS_FP4:
-        value = tl.where(size == 127, _NAN, value)
-    return _number(value | (code & (8 if IS_FP4 else 128)) << (28 if IS_FP4 else 24))
-
-
-@triton.jit
-def _factor(scale):
-    """The number of an E8M0 scale, float32: the least is subnormal, and 255 no number."""
-    bits = tl.where(scale == 0, 0x400000, scale << 23)
-    return _number(tl.where(scale == 255, _NAN, bits))
-
-
-@triton.jit
-def _group_scale(bits, IS_FP4: tl.constexpr):
-    """The scales of groups [G, WIDTH], [G]: of those with a NaN, 255 in E2M1, to be stored; and one to divide by."""
-    scale = _scale(tl.max(_size(bits), axis=1), IS_FP4)
-    stored = scale
-    if IS_FP4:
-        stored = tl.where(tl.max(bits & _ABS, axis=1) > _INF, 255, scale)
-    return scale, stored
 
 
 # Groups of rows
@@ -280,9 +183,9 @@ def _encode_kernel(
     GROUP: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr, IS_WHOLE: tl.constexpr, IS_FP4: tl.constexpr,
 ):  # fmt: skip
     part, _, at, is_in = _places(parts, per_row, coded, width, channels, GROUP, TILE, PADDED, IS_WHOLE)
-    bits = _bits(tl.load(x + at, mask=is_in, other=0))
-    scale, stored = _group_scale(bits, IS_FP4)
-    code = _code(bits, scale[:, None], IS_FP4)
+    bits = bits_of(tl.load(x + at, mask=is_in, other=0))
+    scale, stored = group_scales(bits, IS_FP4)
+    code = code_of(bits, scale[:, None], IS_FP4)
     tl.store(scales + part, stored.to(tl.uint8), mask=part < parts)
     if IS_FP4:  # rows of whole groups: a group's bytes follow those of the one before
         low, high = tl.split(tl.reshape(code, (TILE, PADDED // 2, 2)))
@@ -299,10 +202,10 @@ def _round_kernel(
 ):  # fmt: skip
     _, is_coded, at, is_in = _places(parts, per_row, coded, width, channels, GROUP, TILE, PADDED, IS_WHOLE)
     given = tl.load(x + at, mask=is_in, other=0)
-    bits = _bits(given)
-    scale, stored = _group_scale(bits, IS_FP4)
-    rounded = _value(_code(bits, scale[:, None], IS_FP4), IS_FP4) * _factor(stored)[:, None]
-    made = _cast(rounded, y.dtype.element_ty)
+    bits = bits_of(given)
+    scale, stored = group_scales(bits, IS_FP4)
+    rounded = value_of(code_of(bits, scale[:, None], IS_FP4), IS_FP4) * factor_of(stored)[:, None]
+    made = cast(rounded, y.dtype.element_ty)
     if not IS_FP4:  # channels behind the coded ones stay, to the bit; x and y have one dtype
         made = tl.where(is_coded[:, None], made, given)
     tl.store(y + at, made, mask=is_in)
@@ -315,12 +218,12 @@ def _round_index_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     is_in = (row < rows)[:, None]
-    sums = butterflies(_number(_bits(tl.load(x + at, mask=is_in, other=0))), ROWS, WIDTH, ROUNDS)
-    turned = _bits(_cast(sums * factor, y.dtype.element_ty))  # rounded to the dtype of x first
+    sums = butterflies(number_of(bits_of(tl.load(x + at, mask=is_in, other=0))), ROWS, WIDTH, ROUNDS)
+    turned = bits_of(cast(sums * factor, y.dtype.element_ty))  # rounded to the dtype of x first
     bits = tl.reshape(turned, (ROWS * WIDTH // GROUP, GROUP))
-    scale, stored = _group_scale(bits, True)
-    rounded = _value(_code(bits, scale[:, None], True), True) * _factor(stored)[:, None]
-    tl.store(y + at, _cast(tl.reshape(rounded, (ROWS, WIDTH)), y.dtype.element_ty), mask=is_in)
+    scale, stored = group_scales(bits, True)
+    rounded = value_of(code_of(bits, scale[:, None], True), True) * factor_of(stored)[:, None]
+    tl.store(y + at, cast(tl.reshape(rounded, (ROWS, WIDTH)), y.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -329,9 +232,9 @@ def _decode_fp4_kernel(codes, scales, w, groups, TILE: tl.constexpr):
     is_in = (group < groups)[:, None]
     byte = tl.load(codes + group[:, None] * 16 + tl.arange(0, 16)[None, :], mask=is_in, other=0).to(tl.int32)
     code = tl.reshape(tl.join(byte & 15, byte >> 4), (TILE, 32))
-    factor = _factor(tl.load(scales + group, mask=group < groups, other=0).to(tl.int32))
-    value = _value(code, True) * factor[:, None]
-    tl.store(w + group[:, None] * 32 + tl.arange(0, 32)[None, :], _cast(value, w.dtype.element_ty), mask=is_in)
+    factor = factor_of(tl.load(scales + group, mask=group < groups, other=0).to(tl.int32))
+    value = value_of(code, True) * factor[:, None]
+    tl.store(w + group[:, None] * 32 + tl.arange(0, 32)[None, :], cast(value, w.dtype.element_ty), mask=is_in)
 
 
 # Blocks
@@ -349,21 +252,21 @@ def _block_places(rows, columns, down, right, SIDE: tl.constexpr):
 
 @triton.jit
 def _block_most(bits):
-    return tl.max(tl.max(_size(bits), axis=1), axis=0)
+    return tl.max(tl.max(size_of(bits), axis=1), axis=0)
 
 
 @triton.jit
 def _encode_blocks_kernel(w, codes, scales, rows, columns, down, right, SIDE: tl.constexpr):
     at, is_in = _block_places(rows, columns, down, right, SIDE)
-    bits = _bits(tl.load(w + at, mask=is_in, other=0))
+    bits = bits_of(tl.load(w + at, mask=is_in, other=0))
     most = _block_most(bits)
     if scales.dtype.element_ty == tl.uint8:
-        scale = _scale(most, False)
-        code = _code(bits, scale, False)
+        scale = scale_of(most, False)
+        code = code_of(bits, scale, False)
         tl.store(scales + tl.program_id(0), scale.to(tl.uint8))
     else:  # quotients round to float32, as nearest as can be
-        factor = tl.div_rn(_number(tl.maximum(most, _FLOOR)), 448.0)
-        code = _code(tl.div_rn(_number(bits), factor).to(tl.int32, bitcast=True), 127, False)
+        factor = tl.div_rn(number_of(tl.maximum(most, _FLOOR)), 448.0)
+        code = code_of(tl.div_rn(number_of(bits), factor).to(tl.int32, bitcast=True), 127, False)
         tl.store(scales + tl.program_id(0), factor)
     tl.store(codes + at, code.to(tl.uint8), mask=is_in)
 
@@ -372,15 +275,15 @@ def _encode_blocks_kernel(w, codes, scales, rows, columns, down, right, SIDE: tl
 def _decode_blocks_kernel(codes, scales, w, rows, columns, down, right, SIDE: tl.constexpr):
     at, is_in = _block_places(rows, columns, down, right, SIDE)
     scale = tl.load(scales + tl.program_id(0))
-    factor = _factor(scale.to(tl.int32)) if scales.dtype.element_ty == tl.uint8 else scale
-    value = _value(tl.load(codes + at, mask=is_in, other=0).to(tl.int32), False) * factor
-    tl.store(w + at, _cast(value, w.dtype.element_ty), mask=is_in)
+    factor = factor_of(scale.to(tl.int32)) if scales.dtype.element_ty == tl.uint8 else scale
+    value = value_of(tl.load(codes + at, mask=is_in, other=0).to(tl.int32), False) * factor
+    tl.store(w + at, cast(value, w.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
 def _round_blocks_kernel(w, y, rows, columns, down, right, SIDE: tl.constexpr):
     at, is_in = _block_places(rows, columns, down, right, SIDE)
-    bits = _bits(tl.load(w + at, mask=is_in, other=0))
-    scale = _scale(_block_most(bits), False)
-    value = _value(_code(bits, scale, False), False) * _factor(scale)
-    tl.store(y + at, _cast(value, y.dtype.element_ty), mask=is_in)
+    bits = bits_of(tl.load(w + at, mask=is_in, other=0))
+    scale = scale_of(_block_most(bits), False)
+    value = value_of(code_of(bits, scale, False), False) * factor_of(scale)
+    tl.store(y + at, cast(value, y.dtype.element_ty), mask=is_in)
