@@ -61,9 +61,14 @@ def pick(
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(get_args(Backend))}")
     if backend == "reference":
         return reference
-    if triton is not None and (backend == "unproved" or (backend == "triton" and triton in proved())):
-        return _load(triton)
+    if triton is not None and (kernel := triton_kernel(backend, triton)) is not None:
+        return kernel
     return native if backend == "native" and native is not None else portable
+
+
+def triton_kernel(backend: Backend, name: str) -> Callable[..., Any] | None:
+    """Return the Triton kernel ``module:function`` if this backend takes it, else None."""
+    return _load(name) if backend == "unproved" or (backend == "triton" and name in proved()) else None
 
 
 @cache
