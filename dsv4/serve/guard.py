@@ -51,6 +51,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         begun, status, is_whole = time.monotonic(), 0, False
+        path = scope["path"] if scope["path"] in self._paths else "other"
         request_id = scope[REQUEST_ID] = secrets.token_hex(8)
 
         async def sent(message: Message) -> None:
@@ -60,6 +61,8 @@ class Guard:
                 status = message["status"]
                 ids = [(name, request_id.encode()) for name in ID_HEADERS[dialect_of(scope)]]
                 message = {**message, "headers": [*message["headers"], *ids]}
+            if is_whole:  # before it goes out: who has the answer finds it counted
+                self._metrics.requests.labels(path, str(status)).inc()
             await send(message)
 
         try:
@@ -84,8 +87,8 @@ class Guard:
             if not status:
                 await _answer(failure(scope), dialect_of(scope), sent)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
+            if not is_whole:
+                self._metrics.requests.labels(path, str(status)).inc()
             took_ms = 1000 * (time.monotonic() - begun)
             log.info("%s %s %s %s %.1f ms", request_id, scope["method"], path, status or "gone", took_ms)
 

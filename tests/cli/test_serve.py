@@ -14,6 +14,7 @@ import dsv4
 from dsv4.cli.main import main
 from dsv4.config.presets import smoke
 from dsv4.data.tokenizer import train_tokenizer
+from tests.processes import started
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,9 @@ def run(tmp_path_factory):
 
 def test_it_answers_until_it_is_stopped(run):
     command = [sys.executable, "-m", "dsv4", "serve", str(run), "--port", "0", "--precision", "float32"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
+    with started(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        line = server.stderr.readline()
         (address,) = re.findall(r"talker: (http://127\.0\.0\.1:\d+) is a chat page", line)
         with httpx.Client(base_url=address, timeout=120) as client:
             assert client.get("/health").json()["model"] == "talker"
@@ -43,9 +44,9 @@ def test_it_answers_until_it_is_stopped(run):
             assert answer["choices"][0]["finish_reason"] in ("length", "stop")
             counted = 'dsv4_http_requests_total{path="/v1/chat/completions",status="200"} 1.0'
             assert counted in client.get("/metrics").text
-        process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
-        assert process.wait(60) == 0
+        server.send_signal(signal.SIGTERM)
+        rest = server.stderr.read()
+        assert server.wait(60) == 0
         assert "/v1/chat/completions 200" in rest
         assert "hi" not in rest.split()  # no prompts in the log
 

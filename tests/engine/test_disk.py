@@ -18,6 +18,7 @@ from dsv4.engine.disk import DiskStore
 from dsv4.engine.folder import LOCK
 from dsv4.engine.prefix_file import HEADER_BYTES
 from dsv4.engine.uses import Uses
+from tests.processes import started
 
 KEY = sha256(b"model, tokenizer, format").digest()
 LARGE = 2**30
@@ -756,11 +757,11 @@ while True:
 def test_kill_at_any_moment(folder):
     chance = random.Random(2)
     for _ in range(10):
-        with subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE) as process:
-            assert process.stdout.readline() == b"ready\n"
+        with started([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE) as killed:
+            assert killed.stdout.readline() == b"ready\n"
             time.sleep(chance.uniform(0, 0.1))
-            process.kill()
-        assert process.returncode == -9
+            killed.kill()
+        assert killed.returncode == -9
         store = DiskStore(folder, b"key", 300_000)
         assert not any(name.endswith(".partial") for name in files(folder))
         assert_accounts(folder, 300_000)

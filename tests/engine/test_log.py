@@ -13,6 +13,7 @@ import pytest
 
 import dsv4.engine.log as home
 from dsv4.engine.log import LoggedRequest, WriteAheadLog, recover
+from tests.processes import started
 
 SAMPLING = {"temperature": 0.1 + 0.2, "stop": ["\n\n", "naïve ∂"], "seed": None, "logit_bias": [[7, -1.5]], "top_k": 0}
 
@@ -697,11 +698,11 @@ def test_kill_at_any_moment(path):
     chance, next_id = random.Random(5), 0
     for round in range(12):
         command = [sys.executable, "-c", WRITER, str(path), str(round), str(next_id)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            first = process.stdout.readline()
+        with started(command, stdout=subprocess.PIPE, text=True) as killed:
+            first = killed.stdout.readline()
             time.sleep(chance.uniform(0, 0.1))
-            process.kill()
-            lines = [first, *process.stdout]
+            killed.kill()
+            lines = [first, *killed.stdout]
         told = committed(next(line for line in reversed(lines) if line.endswith("\n")))
         found = recover(path)
         for r in found:

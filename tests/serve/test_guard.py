@@ -181,6 +181,25 @@ def test_paths_that_are_none_are_counted_as_one(client):
     ]
 
 
+def test_an_answer_is_counted_before_it_is_out(make_service):
+    """Its client may ask at once how many there were."""
+    service, counted = make_service(ServeOptions()), []
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": "/health",
+        "raw_path": b"/health", "root_path": "", "query_string": b"", "headers": [], "client": None, "server": None,
+    }  # fmt: skip
+
+    async def nothing():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        counted.append(b'path="/health",status="200"} 1.0' in service.metrics.text())
+
+    asyncio.run(create_app(service)(scope, nothing, send))
+    assert counted == [False, True]
+    service.engine.close()
+
+
 # ---- paths ----
 
 STRANGE = ("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "%2fetc%2fpasswd",
