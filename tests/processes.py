@@ -6,7 +6,7 @@ import subprocess
 
 @contextlib.contextmanager
 def started(command, **options):
-    """Start a command, and kill it if the test fails meanwhile: a ``Popen`` that is left is waited for, even forever."""
+    """Start a command, and kill it if the test fails meanwhile: leaving a ``Popen`` waits, for ever if need be."""
     with subprocess.Popen(command, **options) as child:
         try:
             yield child
