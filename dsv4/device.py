@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+_Result = TypeVar("_Result")
 
 CPU = torch.device("cpu")
 
@@ -34,6 +38,17 @@ def wait(device: torch.device) -> None:
     """Wait until all work that was given to a device is done; on a CPU it is."""
     if is_accelerator(device):
         torch.accelerator.synchronize(device)
+
+
+def capture(run: Callable[[], _Result], device: torch.device) -> tuple[torch.accelerator.Graph, _Result]:
+    """Return as a graph what ``run`` gives an accelerator to do, and the result, which holds nothing before a replay.
+
+    ``run`` must have run before, and may not wait for the device.
+    """
+    graph = torch.accelerator.Graph(capture_error_mode="thread_local")
+    with torch.Stream(device), graph:
+        result = run()
+    return graph, result
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dsv4.device import is_accelerator
+from dsv4.engine.replay import Replayer
 from dsv4.engine.step import Entry
 from dsv4.model.cache import Cache
 from dsv4.model.transformer import Transformer
@@ -17,7 +20,8 @@ from dsv4.native.tape import INT32, Player, as_tensor
 from dsv4.ops.backend import resolve
 from dsv4.ops.places import Arrangement
 
-MOST_PLAYED = 16  # tokens of a step that is recorded: more keep the kernels busier than Python
+MOST_PLAYED = 16  # tokens of a step that a CPU records: more keep the kernels busier than Python
+MOST_REPLAYED = 64  # tokens of a step that an accelerator captures
 MOST_TAPES = 64
 
 State = list[torch.Tensor]
@@ -52,10 +56,10 @@ class Runner:
         self.model, self.cache = model, cache
         self.device = model.embed.weight.device
         self._listed: list[tuple[list[int], int]] = [([], 0)] * cache.num_slots  # whose pages, how many in the table
-        self._play = Player(self._few, MOST_TAPES)
-        self._play_draft = Player(self._draft, MOST_TAPES)
-        self._play_head = Player(self._head, MOST_PLAYED)
-        self._plays = resolve(model.backend, self.device) == "native" and not model.experts_move
+        self._most, player = _player(model, self.device)
+        self._play = player(self._few, MOST_TAPES)
+        self._play_draft = player(self._draft, MOST_TAPES)
+        self._play_head = player(self._head, self._most)
 
     @torch.inference_mode()
     def run(self, entries: Sequence[Entry], token_ids: Sequence[Sequence[int]]) -> Forward:
@@ -65,13 +69,13 @@ class Runner:
             slot = self._list_pages(entry)
             sequences.append((slot, entry.begin, entry.num_tokens, entry.request.writes_from))
         flat = [i for ids in token_ids for i in ids]
-        shape, numbers = self.cache.arrange(sequences)
+        shape, numbers = self._arrange(sequences)
         inputs = array(INT32, flat + numbers)
         ends = list(accumulate(entry.num_tokens for entry in entries))
         begins = [end - entry.num_tokens for end, entry in zip(ends, entries, strict=True)]
         counts = [1 + entry.num_drafts if entry.samples else 0 for entry in entries]
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
-        if self._plays and len(flat) <= MOST_PLAYED:
+        if len(flat) <= self._most:
             streams, hidden = self._play(shape, inputs)
             hidden = hidden if len(rows) == len(flat) else hidden[:, rows]
         else:
@@ -99,9 +103,9 @@ class Runner:
         streams: [1, T, N, D], in which a span's tokens are at ``begin``. Returns [1, spans, N, D] and [spans, V].
         """
         rows = [span.begin + i for span in spans for i in range(len(span.next_ids))]
-        shape, numbers = self.cache.arrange([(span.slot, span.position, len(span.next_ids), 0) for span in spans])
+        shape, numbers = self._arrange([(span.slot, span.position, len(span.next_ids), 0) for span in spans])
         inputs = array(INT32, [i for span in spans for i in span.next_ids] + numbers)
-        if self._plays and len(rows) <= MOST_PLAYED:
+        if len(rows) <= self._most:
             after, hidden = self._play_draft(shape, streams[:, rows], inputs)
         else:
             after, hidden = self._draft(shape, streams[:, rows], as_tensor(inputs).to(self.device))
@@ -117,12 +121,16 @@ class Runner:
 
     def _logits(self, hidden: torch.Tensor) -> np.ndarray:
         """hidden: [1, n, D]; returns [n, V] float32."""
-        if self._plays and hidden.shape[1] <= MOST_PLAYED:
-            return self._play_head(hidden.shape[1], hidden)
-        return self._head(0, hidden)
+        head = self._play_head if hidden.shape[1] <= self._most else self._head
+        return head(hidden.shape[1], hidden).cpu().numpy()
 
-    def _head(self, _: int, hidden: torch.Tensor) -> np.ndarray:
-        return self.model.step_logits(hidden[0]).cpu().numpy()
+    def _head(self, _: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.step_logits(hidden[0])
+
+    def _arrange(self, sequences: Sequence[tuple[int, int, int, int]]) -> tuple[Arrangement, list[int]]:
+        """Arrange a step, and so that an accelerator needs few graphs, whatever number of blocks its tokens close."""
+        few = is_accelerator(self.device) and sum(count for *_, count, _ in sequences) <= self._most
+        return self.cache.arrange(sequences, fills=few)
 
     def _list_pages(self, entry: Entry) -> int:
         """Write the pages of an entry's request into the table, as far as they are not there."""
@@ -174,3 +182,15 @@ class Runner:
             part.copy_(torch.frombuffer(payload, dtype=torch.uint8, count=part.nbytes, offset=begin).view(part.shape))
             begin += part.nbytes
         return True
+
+
+def _player(model: Transformer, device: torch.device) -> tuple[int, Callable[..., Any]]:
+    """Return how many tokens a step may have to be played rather than run, and what plays it.
+
+    Experts that move between files and memory cannot be: where they lie is known in Python alone.
+    """
+    if model.experts_move:
+        return 0, Player
+    if is_accelerator(device):
+        return MOST_REPLAYED, partial(Replayer, device=device)
+    return MOST_PLAYED if resolve(model.backend, device) == "native" else 0, Player

@@ -109,9 +109,11 @@ class Cache:
         shape, numbers = self.arrange(sequences)
         return self.places_of(shape, torch.tensor(numbers, dtype=torch.int32, device=self.table.device))
 
-    def arrange(self, sequences: Sequence[tuple[int, int, int, int]]) -> tuple[Arrangement, list[int]]:
-        """The same in two halves: the shape of the places and their numbers."""
-        return arrange(sequences, self._ratios)
+    def arrange(
+        self, sequences: Sequence[tuple[int, int, int, int]], *, fills: bool = False
+    ) -> tuple[Arrangement, list[int]]:
+        """The same in two halves: the shape of the places and their numbers. fills: see ``dsv4.ops.places.arrange``."""
+        return arrange(sequences, self._ratios, fills=fills)
 
     def places_of(self, shape: Arrangement, numbers: torch.Tensor) -> Places:
         """Return the places that numbers of this shape stand for, as views of them."""

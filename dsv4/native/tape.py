@@ -2,7 +2,8 @@
 
 A tape holds the calls with the memory they read and wrote. New inputs are copied to where the recorded ones were, and
 results appear where the recorded ones did. Nothing may depend on values in Python meanwhile, only on shapes: a tape
-that saw a number being read, or a result whose size depends on values, says so and is not to be played.
+that saw a number being read, a result whose size depends on values, or a copy from one device to another, says so
+and is not to be played.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = _tensors((result,))
         self._kept += made
-        if any(tag in func.tags for tag in _TAGS) or not made:
+        places = {x.device for x in (*made, *_tensors((*args, *kwargs.values())))}
+        if any(tag in func.tags for tag in _TAGS) or not made or len(places) > 1:
             self.unplayable = self.unplayable or str(func)
         elif func._schema.is_mutable:
             self.add(func, args, []) if not kwargs else self.add(_with(func, kwargs), args, [])

@@ -51,12 +51,16 @@ class Arrangement(NamedTuple):
     num_closing: tuple[tuple[int, int], ...]
 
 
-def arrange(sequences: Sequence[tuple[int, int, int, int]], ratios: Sequence[int]) -> tuple[Arrangement, list[int]]:
+def arrange(
+    sequences: Sequence[tuple[int, int, int, int]], ratios: Sequence[int], *, fills: bool = False
+) -> tuple[Arrangement, list[int]]:
     """Place the tokens of a step.
 
     sequences: slot, position of the first token, number of tokens, and the position from which entries are written, of
-    each sequence. Blocks that close before that position are in shared pages already. Returns the shape, and slot,
-    position and first of all tokens, then token and begin of the closing blocks of each ratio, one after the other.
+    each sequence. Blocks that close before that position are in shared pages already. fills: of a ratio with a closing
+    block list as many as there are tokens, the last of them again and again, so that steps have few shapes; to write
+    an entry twice changes nothing. Returns the shape, and slot, position and first of all tokens, then token and begin
+    of the closing blocks of each ratio, one after the other.
     """
     slot: list[int] = []
     position: list[int] = []
@@ -71,6 +75,10 @@ def arrange(sequences: Sequence[tuple[int, int, int, int]], ratios: Sequence[int
             last = (max(begin, writes_from) // ratio + 1) * ratio - 1  # of the first block that ends there or later
             token += range(start + last - begin, start + count, ratio)
             block += range(last + 1 - ratio, end + 1 - ratio, ratio)
+    if fills:
+        for blocks in closing.values():
+            for numbers in blocks:
+                numbers += numbers[-1:] * (len(slot) - len(numbers))
     shape = Arrangement(len(slot), tuple((ratio, len(token)) for ratio, (token, _) in closing.items()))
     return shape, sum((part for parts in closing.values() for part in parts), slot + position + first)
 
