@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check browser demo demo-chat ablations recall qat-study bench-cpu bench-train bench-engine bench-context \
-	bench-released bench-serve soak numbers golden clean
+.PHONY: test check browser demo demo-chat mini gpu bench-gpu ablations recall qat-study bench-cpu bench-train \
+	bench-engine bench-context bench-released bench-serve soak numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -27,6 +27,17 @@ demo: .venv/ready  ## train nano through the whole schedule in about five minute
 demo-chat: .venv/ready  ## teach the demo's model to talk, call tools and write JSON; then ask it what it was not taught
 	$(BIN)/dsv4 train chat --run runs/chat --init $(RUN)/model
 	$(BIN)/dsv4 eval chat runs/chat
+
+mini: .venv/ready  ## on a GPU: train mini through the whole schedule in about twenty minutes
+	$(BIN)/dsv4 train mini-demo --run runs/mini
+	$(BIN)/dsv4 report runs/mini
+
+gpu: .venv/ready  ## on a GPU: prove the Triton kernels; dsv4/ops/proved.json then names those that held
+	$(BIN)/python -m bench.gpu.prove
+
+bench-gpu: .venv/ready  ## on a GPU: kernels and whole layers against what it can do and against their twins
+	$(BIN)/python -m bench.gpu
+	$(BIN)/python -m bench.gpu.layers
 
 numbers: .venv/ready  ## docs/numbers.md, from the configs
 	$(BIN)/python bench/model_numbers.py > docs/numbers.md.new

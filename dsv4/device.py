@@ -51,6 +51,18 @@ def capture(run: Callable[[], _Result], device: torch.device) -> tuple[torch.acc
     return graph, result
 
 
+def empty_cache() -> None:
+    """Give memory that torch keeps for later back to the accelerator, if there is one."""
+    if accelerator() is not None:
+        torch.accelerator.empty_cache()
+
+
+def name_of(device: torch.device) -> str:
+    """Return what its maker calls an accelerator, or torch if the maker says nothing."""
+    module = torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory held so far: allocated on an accelerator, resident on a CPU."""
     if is_accelerator(device):

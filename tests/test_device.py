@@ -56,6 +56,42 @@ def test_what_is_there_is_asked(monkeypatch):
     assert device.peak_memory_bytes(other) == 12
 
 
+def test_a_graph_is_captured_on_a_stream_of_its_own(monkeypatch):
+    done = []
+
+    class Entered:
+        def __init__(self, name, *given, **named):
+            self.name, self.given = name, (*given, *named.values())
+
+        def __enter__(self):
+            done.append((self.name, *self.given))
+
+        def __exit__(self, *error):
+            done.append(f"{self.name} ends")
+
+    other = torch.device("privateuseone", 0)
+    monkeypatch.setattr(torch, "Stream", lambda *given: Entered("stream", *given))
+    monkeypatch.setattr(torch.accelerator, "Graph", lambda **given: Entered("graph", **given))
+    graph, result = device.capture(lambda: done.append("run") or 3, other)
+    assert done == [("stream", other), ("graph", "thread_local"), "run", "graph ends", "stream ends"]
+    assert (graph.name, result) == ("graph", 3)
+
+
+def test_memory_that_torch_keeps_is_given_back(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(device, "accelerator", lambda: None)
+    device.empty_cache()
+    assert done == []
+    monkeypatch.setattr(device, "accelerator", lambda: torch.device("privateuseone", 0))
+    device.empty_cache()
+    assert done == ["emptied"]
+
+
+def test_a_device_without_a_name_is_called_as_torch_calls_it():
+    assert device.name_of(torch.device("cpu")) == "cpu"
+
+
 @pytest.mark.parametrize("name", ["cuda", "torch.npu", "xpu:0"])
 def test_the_rule_sees_names(name):
     assert MAKERS.search(name)

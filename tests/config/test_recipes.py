@@ -197,7 +197,7 @@ precision = "fp6"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base = 3", r"mine\.toml: base is 3; expected one of smoke, demo, chat, mini, flash, pro$"),
+        ("base = 3", r"mine\.toml: base is 3; expected one of smoke, demo, chat, mini, mini-demo, flash, pro$"),
         ('base = "flsh"', r"mine\.toml: base is 'flsh'; expected one of .*; did you mean flash\?$"),
         ("seed = ", r"mine\.toml: expected TOML: "),
         ("seed = 1\nseed = 2", r"mine\.toml: expected TOML: "),
