@@ -13,6 +13,7 @@ import torch
 
 from dsv4.config.model import RATIO
 from dsv4.model import rows
+from dsv4.ops.shapes import check_range
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,7 @@ def check_records(
     for layer, record in enumerate(records):
         if record.forced is not None:
             _check(f"records[{layer}].forced", record.forced, torch.int64, (B * T, A))
-            lowest, highest = int(record.forced.min()), int(record.forced.max())
-            if lowest < 0 or highest >= E:
-                wrong = lowest if lowest < 0 else highest
-                raise ValueError(f"records[{layer}].forced holds {wrong}; expected 0 <= expert < {E}")
+            check_range(f"records[{layer}].forced", record.forced, E, f"0 <= expert < {E}")
         if record.balance_weights is not None:
             _check(f"records[{layer}].balance_weights", record.balance_weights, torch.float32, (B, T))
         if record.indexer is not None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dsv4.device import is_accelerator
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -71,7 +73,8 @@ def _packed_blocks(positions: torch.Tensor, start: torch.Tensor, ratio: int) -> 
     closes = (positions + 1) % ratio == 0  # [B, T]: the token is the last of a block
     end = closes.cumsum(dim=1)
     begin = torch.where(start > 0, end.gather(1, (start - 1).clamp(min=0)), 0)
-    num_entries = int(end[:, -1].max())
+    # As many as the fullest row has; to look for it would make an accelerator wait, and there is never more than this.
+    num_entries = positions.shape[1] // ratio if is_accelerator(positions.device) else int(end[:, -1].max())
     # The c-th closing token of a row, first rows' padding included: a stable sort brings them to the front.
     close = (~closes).to(torch.uint8).argsort(dim=1, stable=True)[:, :num_entries]  # [B, C]
     is_entry = closes.gather(1, close)

@@ -25,6 +25,7 @@ from dsv4.ops.linear import linear
 from dsv4.ops.lookup import lookup
 from dsv4.ops.places import Places
 from dsv4.ops.rmsnorm import rmsnorm
+from dsv4.ops.shapes import check_range
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,8 @@ class Transformer(nn.Module):
             raise ValueError(f"token_ids has dtype {token_ids.dtype}; expected torch.int64")
         if token_ids.dim() != 2 or 0 in token_ids.shape:
             raise ValueError(f"token_ids has shape {list(token_ids.shape)}; expected [B, T] with B and T at least 1")
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        if lowest < 0 or highest >= self.config.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"token_ids holds {wrong}; expected 0 <= id < vocab_size = {self.config.vocab_size}")
+        V = self.config.vocab_size
+        check_range("token_ids", token_ids, V, f"0 <= id < vocab_size = {V}")
         B, T = token_ids.shape
         length = 0
         if state is not None:

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from dsv4.device import is_accelerator
+
 
 class Shapes:
     """Sizes of shape letters, bound by the first tensor that shows them and enforced on the rest."""
@@ -61,3 +63,15 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
     """Raise ``ValueError`` unless ``tensor`` holds floating-point numbers."""
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+
+
+def check_range(name: str, ids: torch.Tensor, limit: int, expected: str) -> None:
+    """Raise ``ValueError``, which says what is expected, unless all of ``ids`` are at least 0 and below ``limit``.
+
+    Those on an accelerator are taken as they are: to look at them would make the CPU wait for it.
+    """
+    if is_accelerator(ids.device):
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= limit:
+        raise ValueError(f"{name} holds {lowest if lowest < 0 else highest}; expected {expected}")

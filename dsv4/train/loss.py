@@ -75,8 +75,9 @@ class Sums:
         is_real += [_mtp_segments(batch)[:, :-1] != PADDING] * self.has_mtp
         for layer, record in enumerate(records):
             if record.chosen is not None:
-                slots = record.chosen[is_real[layer].flatten()].flatten()
-                self.load[layer] += torch.bincount(slots, minlength=self.load.shape[1])
+                real = is_real[layer].flatten()[:, None].expand_as(record.chosen)
+                # Whole numbers, exact in any order; to list the real ones would make an accelerator wait.
+                self.load[layer].scatter_add_(0, record.chosen.flatten(), real.flatten().to(self.load.dtype))
             if record.balance is not None:
                 self.balance += record.balance.detach()
             if record.indexed is not None:
