@@ -19,12 +19,16 @@ from dsv4.ops.lowbit.tables import BLOCK, FP4_GROUP
 from dsv4.ops.lowbit.triton_codes import (
     bits_of,
     cast,
+    cast_exact,
     code_of,
     factor_of,
     group_scales,
+    nearest_code,
+    nearest_value,
     number_of,
     raw_bits,
     scale_of,
+    sign_of,
     size_of,
     value_of,
 )
@@ -33,6 +37,7 @@ ELEMENTS = 4096  # numbers of a program that takes groups: 32 registers of each 
 WARPS = 4
 BLOCK_WARPS = 8
 
+_MOST = tl.constexpr(0x7F7FFFFF)  # the largest float32
 _FLOOR = tl.constexpr(0x38D1B717)  # 1e-4, E4M3's floor, in float32
 
 
@@ -163,18 +168,21 @@ def _places(
 ):  # fmt: skip
     """Parts of this program [TILE], which of them are coded, and where their numbers are [TILE, PADDED].
 
-    Of whole parts all columns are there: a mask that is the same for all of them lets loads be wide ones.
+    There are fewer than 2^31 parts.
     """
-    part = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row, i = part // per_row, part % per_row
-    is_coded = i < coded
-    first = tl.where(is_coded, i * GROUP, channels + (i - coded) * GROUP)
+    part = tl.program_id(0) * TILE + tl.arange(0, TILE)
     column = tl.arange(0, PADDED)[None, :]
     is_in = (part < parts)[:, None]
-    if not IS_WHOLE:
+    if IS_WHOLE:  # parts lie side by side, and loads are as wide as can be
+        at = tl.program_id(0).to(tl.int64) * (TILE * GROUP) + tl.arange(0, TILE)[:, None] * GROUP + column
+        return part, part % per_row < coded, at, is_in
+    else:
+        row, i = part // per_row, part % per_row
+        is_coded = i < coded
+        first = tl.where(is_coded, i * GROUP, channels + (i - coded) * GROUP)
         end = tl.minimum(first + GROUP, tl.where(is_coded, channels, width))
         is_in = is_in & (first[:, None] + column < end[:, None])
-    return part, is_coded, (row * width + first)[:, None] + column, is_in
+        return part, is_coded, (row.to(tl.int64) * width + first)[:, None] + column, is_in
 
 
 @triton.jit
@@ -204,8 +212,8 @@ def _round_kernel(
     given = tl.load(x + at, mask=is_in, other=0)
     bits = bits_of(given)
     scale, stored = group_scales(bits, IS_FP4)
-    rounded = value_of(code_of(bits, scale[:, None], IS_FP4), IS_FP4) * factor_of(stored)[:, None]
-    made = cast(rounded, y.dtype.element_ty)
+    rounded = nearest_value(bits, scale[:, None], IS_FP4) * factor_of(stored)[:, None]
+    made = cast_exact(rounded, y.dtype.element_ty)
     if not IS_FP4:  # channels behind the coded ones stay, to the bit; x and y have one dtype
         made = tl.where(is_coded[:, None], made, given)
     tl.store(y + at, made, mask=is_in)
@@ -222,8 +230,8 @@ def _round_index_kernel(
     turned = bits_of(cast(sums * factor, y.dtype.element_ty))  # rounded to the dtype of x first
     bits = tl.reshape(turned, (ROWS * WIDTH // GROUP, GROUP))
     scale, stored = group_scales(bits, True)
-    rounded = value_of(code_of(bits, scale[:, None], True), True) * factor_of(stored)[:, None]
-    tl.store(y + at, cast(tl.reshape(rounded, (ROWS, WIDTH)), y.dtype.element_ty), mask=is_in)
+    rounded = nearest_value(bits, scale[:, None], True) * factor_of(stored)[:, None]
+    tl.store(y + at, cast_exact(tl.reshape(rounded, (ROWS, WIDTH)), y.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -252,7 +260,7 @@ def _block_places(rows, columns, down, right, SIDE: tl.constexpr):
 
 @triton.jit
 def _block_most(bits):
-    return tl.max(tl.max(size_of(bits), axis=1), axis=0)
+    return tl.minimum(tl.max(tl.max(size_of(bits), axis=1), axis=0), _MOST)
 
 
 @triton.jit
@@ -266,7 +274,7 @@ def _encode_blocks_kernel(w, codes, scales, rows, columns, down, right, SIDE: tl
         tl.store(scales + tl.program_id(0), scale.to(tl.uint8))
     else:  # quotients round to float32, as nearest as can be
         factor = tl.div_rn(number_of(tl.maximum(most, _FLOOR)), 448.0)
-        code = code_of(tl.div_rn(number_of(bits), factor).to(tl.int32, bitcast=True), 127, False)
+        code = nearest_code(tl.div_rn(number_of(bits), factor), False) | sign_of(bits, False)
         tl.store(scales + tl.program_id(0), factor)
     tl.store(codes + at, code.to(tl.uint8), mask=is_in)
 
@@ -285,5 +293,5 @@ def _round_blocks_kernel(w, y, rows, columns, down, right, SIDE: tl.constexpr):
     at, is_in = _block_places(rows, columns, down, right, SIDE)
     bits = bits_of(tl.load(w + at, mask=is_in, other=0))
     scale = scale_of(_block_most(bits), False)
-    value = value_of(code_of(bits, scale, False), False) * factor_of(scale)
-    tl.store(y + at, cast(value, y.dtype.element_ty), mask=is_in)
+    value = nearest_value(bits, scale, False) * factor_of(scale)
+    tl.store(y + at, cast_exact(value, y.dtype.element_ty), mask=is_in)

@@ -50,10 +50,19 @@ def cast(y, dtype: tl.constexpr):
 
 
 @triton.jit
+def cast_exact(y, dtype: tl.constexpr):
+    """The same where nothing is to be rounded: of values of codes, which have few digits."""
+    if dtype == tl.int16:
+        return (y.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+    else:
+        return y.to(dtype)
+
+
+@triton.jit
 def size_of(bits):
-    """The bits of the size of a number for the scale of its group: 0 of NaN, and the largest of infinity."""
+    """The bits of the size of a number for the scale of its group: 0 of NaN."""
     size = bits & _ABS
-    return tl.minimum(tl.where(size > _INF, 0, size), _MOST)
+    return tl.where(size > _INF, 0, size)
 
 
 @triton.jit
@@ -63,44 +72,68 @@ def scale_of(most, IS_FP4: tl.constexpr):
     The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126.
     """
     above: tl.constexpr = 0x3FFFFF if IS_FP4 else 0x1FFFFF  # what carries into the exponent from such a mantissa up
+    most = tl.minimum(most, _MOST)  # of an infinite one
     return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 else 105)
 
 
 @triton.jit
 def code_of(bits, scale, IS_FP4: tl.constexpr):
-    """The code, with its sign, of the number of these bits over its E8M0 scale; an infinite one has the largest.
+    """The code, with its sign, of the number of these bits over its E8M0 scale: exact, for it is a power of two."""
+    return nearest_code(number_of(bits) * factor_of(254 - scale), IS_FP4) | sign_of(bits, IS_FP4)
+
+
+@triton.jit
+def nearest_code(y, IS_FP4: tl.constexpr):
+    """The code of the size of y float32, rounded to nearest, ties to even; of an infinite one, the largest.
 
     Code and float32 differ in the bias of exponents and in bits of the mantissa, all but 3 or 1 of which are rounded
-    off, ties to even; below the code's least exponent, one more for each power of two.
+    off. What is smaller than the code's least normal number rounds when it is added to a number whose last bit is worth
+    the code's last.
     """
-    kept: tl.constexpr = 1 if IS_FP4 else 3
-    least: tl.constexpr = 127 if IS_FP4 else 121  # the exponent of the least normal number, as float32 has it
-    size = bits & _ABS
-    exponent = tl.maximum(size >> 23, 1)
-    mantissa = (size & 0x7FFFFF) | tl.where(size >> 23 > 0, 0x800000, 0)
-    above = exponent - scale + (127 - least)
-    shift = tl.minimum(23 - kept + tl.maximum(-above, 0), 25)  # by 25 all round to zero
-    half = (1 << (shift - 1)) - 1 + (mantissa >> shift & 1)
-    code = (mantissa + half >> shift) + (tl.maximum(above, 0) << kept)
+    dropped: tl.constexpr = 22 if IS_FP4 else 20
+    bias: tl.constexpr = 252 if IS_FP4 else 960  # of exponents, where the code has them
+    least: tl.constexpr = 0x3F800000 if IS_FP4 else 0x3C800000  # 1, or 2^-6
+    size = y.to(tl.int32, bitcast=True) & _ABS
+    rounded = (size + ((1 << (dropped - 1)) - 1) + (size >> dropped & 1) >> dropped) - bias
+    large: tl.constexpr = 4194304.0 if IS_FP4 else 16384.0  # 2^22, or 2^14
+    small = (number_of(size) + large).to(tl.int32, bitcast=True) & 15
+    code = tl.where(size < least, small, rounded)
     if IS_FP4:  # has no NaN: 0, and the scale says so
-        code = tl.where(size >= _INF, tl.where(size > _INF, 0, 7), code)
+        return tl.where(size >= _INF, tl.where(size > _INF, 0, 7), code)
     else:
-        code = tl.where(size >= _INF, tl.where(size > _INF, 127, 126), code)
-    return code | tl.where(bits < 0, 8 if IS_FP4 else 128, 0)
+        return tl.where(size >= _INF, tl.where(size > _INF, 127, 126), code)
+
+
+@triton.jit
+def nearest_value(bits, scale, IS_FP4: tl.constexpr):
+    """What ``value_of`` makes of ``code_of``, without the code: the number over its scale, rounded."""
+    dropped: tl.constexpr = 22 if IS_FP4 else 20
+    least: tl.constexpr = 0x3F800000 if IS_FP4 else 0x3C800000
+    large: tl.constexpr = 4194304.0 if IS_FP4 else 16384.0
+    size = (number_of(bits) * factor_of(254 - scale)).to(tl.int32, bitcast=True) & _ABS
+    rounded = size + ((1 << (dropped - 1)) - 1) + (size >> dropped & 1) >> dropped << dropped
+    small = number_of(size) + large - large
+    value = tl.minimum(tl.where(size < least, small, number_of(rounded)), 6.0 if IS_FP4 else 448.0)
+    if not IS_FP4:  # a group of E2M1 with a NaN has it in its scale
+        value = tl.where(size > _INF, float("nan"), value)
+    return number_of(value.to(tl.int32, bitcast=True) | bits & -2147483648)
+
+
+@triton.jit
+def sign_of(bits, IS_FP4: tl.constexpr):
+    """The sign of a number of these bits, where a code has it."""
+    return tl.where(bits < 0, 8 if IS_FP4 else 128, 0)
 
 
 @triton.jit
 def value_of(code, IS_FP4: tl.constexpr):
-    """The value of a code with its sign, float32."""
-    kept: tl.constexpr = 1 if IS_FP4 else 3
-    least: tl.constexpr = 127 if IS_FP4 else 121
-    unit: tl.constexpr = 0.5 if IS_FP4 else 0.001953125  # of what is not normal
+    """The value of a code with its sign, float32: its bits as those of a float32, which has another bias."""
     size = code & (7 if IS_FP4 else 127)
-    small = (size.to(tl.float32) * unit).to(tl.int32, bitcast=True)
-    value = tl.where(size < (1 << kept), small, (size << (23 - kept)) + (least - 1 << 23))
+    value = number_of(size << (22 if IS_FP4 else 20)) * (2.0**126 if IS_FP4 else 2.0**120)
+    bits = value.to(tl.int32, bitcast=True)
     if not IS_FP4:
-        value = tl.where(size == 127, _NAN, value)
-    return number_of(value | (code & (8 if IS_FP4 else 128)) << (28 if IS_FP4 else 24))
+        bits = tl.where(size == 127, _NAN, bits)
+    return number_of(bits | (code & (8 if IS_FP4 else 128)) << (28 if IS_FP4 else 24))
 
 
 @triton.jit
