@@ -62,13 +62,22 @@ class Config(NamedTuple):
     stages: int
 
 
-QUERY_CONFIGS = {
-    # Queries and output gradients of 64 heads are 128 KiB of shared memory, so that 32 keys go at a time.
-    "wide": Config(64, 32, 8, 2),
+CONFIGS = {
+    # Of queries as of keys: sums, 512 x 32, are in registers, and two programs of four warps share a processor. With
+    # eight warps and 64 lines each four of them would form the same products.
+    "wide": Config(32, 32, 4, 1),
     "flat": Config(64, 64, 8, 1),
     "float32": Config(16, 16, 4, 1),
 }
-NARROW = "wide"  # the one for 16-bit dtypes, of both tables
+NARROW = "wide"  # the one for 16-bit dtypes
+
+
+def distance(grad_out: torch.Tensor, q: torch.Tensor) -> int:
+    """From q to its gradient in memory, in elements.
+
+    A tile holds lines of both, in turn; were they chosen by pointer, the compiler would load number by number.
+    """
+    return (grad_out.data_ptr() - q.data_ptr()) // q.element_size()
 
 
 def query_gradient(
@@ -90,16 +99,16 @@ def query_gradient(
     grad_q, delta = torch.empty_like(q), torch.empty_like(log_total)
     if not q.numel():
         return grad_q, delta
-    config = QUERY_CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
+    config = CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
     block_heads = min(config.heads, max(16, triton.next_power_of_2(H)))
     _query_gradient[(B * T, triton.cdiv(H, block_heads))](
         *(q, kv, values, *seen.tensors(), log_total, out, grad_out, grad_q, delta),
-        *(T, kv.shape[1], values.shape[1], seen.picked.shape[-1], window, scale, scale * LOG2_E),
+        *(distance(grad_out, q), T, kv.shape[1], values.shape[1], seen.picked.shape[-1], window, scale, scale * LOG2_E),
         KIND=seen.kind,
         H=H,
         K=K,
         BLOCK_H=block_heads,
-        BLOCK_K=max(16, triton.next_power_of_2(K)),
+        BLOCK_K=max(16, triton.next_power_of_2(triton.cdiv(K, 2))),
         BLOCK_N=config.keys,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -121,6 +130,7 @@ def _query_gradient(
     grad_ptr,
     grad_q_ptr,
     delta_ptr,
+    distance,
     T,
     S,
     C,
@@ -135,56 +145,82 @@ def _query_gradient(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One query and a block of heads, along the loops of forward; past 60 lines like them."""
+    """One query and a block of heads, along the loops of forward; past 60 lines like them.
+
+    Channels go in two halves: a tile of all of them passes through more registers than there are.
+    """
     query = tl.program_id(0).to(tl.int64)
     row, t = query // T, query % T
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    channel = tl.arange(0, BLOCK_K)
     place = tl.arange(0, BLOCK_N)
-    is_channel = (channel < K)[None, :]
-    is_q = (head < H)[:, None] & is_channel
-    at = (query * H + head)[:, None] * K + channel[None, :]
-    q = tl.load(q_ptr + at, mask=is_q, other=0.0)  # [h, k]
-    grad = tl.load(grad_ptr + at, mask=is_q, other=0.0)
-    out = tl.load(out_ptr + at, mask=is_q, other=0.0)
+    low = tl.arange(0, BLOCK_K)[None, :]
+    high = low + BLOCK_K
+    at = (query * H + head)[:, None] * K
+    is_q = (head < H)[:, None]
     log_total = tl.load(log_total_ptr + query * H + head, mask=head < H, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)  # [h]
+    delta = _dot_of_lines(out_ptr + at, grad_ptr + at, low, is_q & (low < K))
+    delta += _dot_of_lines(out_ptr + at, grad_ptr + at, high, is_q & (high < K))  # [h]
     tl.store(delta_ptr + query * H + head, delta, mask=head < H)
-    acc = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.float32)
+
+    line = tl.arange(0, 2 * BLOCK_H)  # of a query and of its gradient, in turn
+    head_of_line = tl.program_id(1) * BLOCK_H + line // 2
+    line_at = q_ptr + (query * H + head_of_line)[:, None] * K + (line % 2)[:, None].to(tl.int64) * distance
+    is_line = (head_of_line < H)[:, None]
+    both_low = tl.load(line_at + low, mask=is_line & (low < K), other=0.0)  # [2 h, k / 2]
+    both_high = tl.load(line_at + high, mask=is_line & (high < K), other=0.0)
+    sum_low = tl.zeros((BLOCK_K, BLOCK_H), dtype=tl.float32)
+    sum_high = tl.zeros((BLOCK_K, BLOCK_H), dtype=tl.float32)
 
     own = S - T + t
     first = tl.maximum(tl.maximum(tl.load(raw_begin_ptr + query), own - window + 1), 0)
     for start in range(first, own + 1, BLOCK_N):
         raw = start + place
         is_seen = raw <= own
-        keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel[None, :]
-        keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)  # [n, k]
-        acc = _add_query_gradient(q, grad, keys, is_seen, acc, log_total, delta, log2_scale)
-    if KIND == "interval":
-        first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
-        end = tl.minimum(tl.load(end_ptr + query), C)
+        keys_at = kv_ptr + (row * S + raw)[:, None] * K
+        keys_low = tl.load(keys_at + low, mask=is_seen[:, None] & (low < K), other=0.0)  # [n, k / 2]
+        keys_high = tl.load(keys_at + high, mask=is_seen[:, None] & (high < K), other=0.0)
+        _, grad_scores = gradients(both_low, both_high, keys_low, keys_high, is_seen, log_total, delta, log2_scale)
+        shares = tl.trans(grad_scores).to(keys_low.dtype)  # [n, h]
+        sum_low = tl.dot(tl.trans(keys_low), shares, sum_low, input_precision="ieee")  # [k / 2, h]
+        sum_high = tl.dot(tl.trans(keys_high), shares, sum_high, input_precision="ieee")
+    if KIND != "none":
+        if KIND == "interval":
+            first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
+            end = tl.minimum(tl.load(end_ptr + query), C)
+        else:
+            first_entry = 0
+            end = P
         for start in range(first_entry, end, BLOCK_N):
             entry = start + place
             is_seen = entry < end
-            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc = _add_query_gradient(q, grad, keys, is_seen, acc, log_total, delta, log2_scale)
-    if KIND == "picked":
-        for start in range(0, P, BLOCK_N):
-            pick = start + place
-            entry = tl.load(picked_ptr + query * P + pick, mask=pick < P, other=-1)
-            is_seen = entry >= 0
-            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc = _add_query_gradient(q, grad, keys, is_seen, acc, log_total, delta, log2_scale)
-    tl.store(grad_q_ptr + at, (acc * scale).to(grad_q_ptr.dtype.element_ty), mask=is_q)
+            if KIND == "picked":
+                entry = tl.load(picked_ptr + query * P + entry, mask=is_seen, other=-1)
+                is_seen = entry >= 0
+            keys_at = values_ptr + (row * C + entry)[:, None] * K
+            keys_low = tl.load(keys_at + low, mask=is_seen[:, None] & (low < K), other=0.0)
+            keys_high = tl.load(keys_at + high, mask=is_seen[:, None] & (high < K), other=0.0)
+            _, grad_scores = gradients(both_low, both_high, keys_low, keys_high, is_seen, log_total, delta, log2_scale)
+            shares = tl.trans(grad_scores).to(keys_low.dtype)  # [n, h]
+            sum_low = tl.dot(tl.trans(keys_low), shares, sum_low, input_precision="ieee")  # [k / 2, h]
+            sum_high = tl.dot(tl.trans(keys_high), shares, sum_high, input_precision="ieee")
+    dtype = grad_q_ptr.dtype.element_ty
+    tl.store(grad_q_ptr + at + low, (tl.trans(sum_low) * scale).to(dtype), mask=is_q & (low < K))
+    tl.store(grad_q_ptr + at + high, (tl.trans(sum_high) * scale).to(dtype), mask=is_q & (high < K))
 
 
 @triton.jit
-def _add_query_gradient(q, grad, keys, is_seen, acc, log_total, delta, log2_scale):
-    """Add ds x of a tile of keys [n, k] to acc [h, k]."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [h, n]
-    weights = tl.exp2(tl.where(is_seen[None, :], scores - log_total[:, None], float("-inf")))
-    moved = tl.dot(grad, tl.trans(keys), input_precision="ieee")
-    grad_scores = weights * (moved - delta[:, None])
-    return tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision="ieee")
+def _dot_of_lines(a_ptr, b_ptr, channel, is_in):
+    """Sums over channels of a b, [h], of pointers to the beginnings of lines [h, 1]."""
+    a = tl.load(a_ptr + channel, mask=is_in, other=0.0).to(tl.float32)
+    return tl.sum(a * tl.load(b_ptr + channel, mask=is_in, other=0.0).to(tl.float32), axis=1)
+
+
+@triton.jit
+def gradients(both_low, both_high, keys_low, keys_high, is_seen, log_total, delta, log2_scale):
+    """Weights of keys [n, k] and gradients of their scores, both [h, n], of lines [2 h, k]: queries and gradients."""
+    products = tl.dot(both_low, tl.trans(keys_low), input_precision="ieee")
+    products = tl.dot(both_high, tl.trans(keys_high), products, input_precision="ieee")  # [2 h, n]
+    products = tl.reshape(products, (products.shape[0] // 2, 2, products.shape[1]))
+    scores, moved = tl.split(tl.permute(products, (0, 2, 1)))
+    weights = tl.exp2(tl.where(is_seen[None, :], scores * log2_scale - log_total[:, None], float("-inf")))
+    return weights, weights * (moved - delta[:, None])

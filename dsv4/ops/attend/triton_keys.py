@@ -15,16 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4.ops.attend.triton_backward import LOG2_E, NARROW, Config, Seen
+from dsv4.ops.attend.triton_backward import CONFIGS, LOG2_E, NARROW, Seen, distance, gradients
 
 QUERIES = 64  # whose gradients of an interval's entries are one part
 PARTS_HELD = 1 << 28  # elements of parts in memory at a time, float32
-KEY_CONFIGS = {
-    # The keys' sums, 64 x 512, are in registers; heads are what the products sum over, so that 32 do.
-    "wide": Config(32, 64, 8, 2),
-    "flat": Config(64, 64, 8, 1),
-    "float32": Config(16, 16, 4, 1),
-}
 
 
 def key_gradients(
@@ -57,19 +51,25 @@ def key_gradients(
             _add_parts[(triton.cdiv(size, block), B)](parts, grad_values, parts.shape[1], size, BLOCK=block)
     elif seen.kind == "picked":
         held = max(1, PARTS_HELD // (num_picks * K))
-        bounds = torch.arange(num_entries + 1, device=q.device)
-        block = min(128, triton.next_power_of_2(K))
         for row in range(B):
             for first in range(0, T, held):
                 parts = grad_values.new_empty(min(held, T - first), num_picks, K)
                 find("picked", values, parts, num_picks, num_groups=parts.shape[0], first=row * T + first)
-                picks = seen.picked[row, first : first + held].flatten()
-                by_entry, order = picks.sort(stable=True)
-                starts = torch.searchsorted(by_entry, bounds)
-                _add_picked[(num_entries, triton.cdiv(K, block))](
-                    parts, order, starts, grad_values[row], K=K, BLOCK_K=block, BLOCK_N=16
-                )
+                add_picked_(grad_values[row], parts, seen.picked[row, first : first + held])
     return grad_kv, grad_values.to(values.dtype)
+
+
+def add_picked_(grad: torch.Tensor, parts: torch.Tensor, picked: torch.Tensor) -> None:
+    """Add the gradient of each pick, in their order, to that of its entry; overwrites grad.
+
+    grad: [C, K] float32; parts: [t, P, K] float32; picked: [t, P] int64, -1 for none. All are contiguous.
+    """
+    num_entries, K = grad.shape
+    by_entry, order = picked.flatten().sort(stable=True)
+    starts = torch.searchsorted(by_entry, torch.arange(num_entries + 1, device=grad.device))
+    block = min(128, triton.next_power_of_2(K))
+    grid = num_entries, triton.cdiv(K, block)
+    _add_picked[grid](parts, order, starts, grad, K=K, BLOCK_K=block, BLOCK_N=16)
 
 
 class _Finder:
@@ -87,9 +87,10 @@ class _Finder:
         delta: torch.Tensor,
         grad_out: torch.Tensor,
     ) -> None:
-        self.q, self.tensors = q, (*seen.tensors(), log_total, delta, grad_out)
+        self.q, self.grad_out, self.tensors = q, grad_out, (*seen.tensors(), log_total, delta)
+        self.distance = distance(grad_out, q)
         self.numbers = (kv.shape[1], values.shape[1], seen.picked.shape[-1], window, scale, scale * LOG2_E)
-        self.config = KEY_CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
+        self.config = CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
 
     def __call__(
         self, kind: str, keys: torch.Tensor, grads: torch.Tensor, num_keys: int, num_groups: int, first: int = 0
@@ -101,13 +102,13 @@ class _Finder:
             return
         # The first dimension of a grid is the only one that may pass 65,535.
         _key_gradient[(num_groups * triton.cdiv(num_keys, config.keys), num_rows)](
-            *(self.q, keys, *self.tensors, grads, T, *self.numbers, first),
+            *(self.q, keys, *self.tensors, grads, self.distance, T, *self.numbers, first),
             KIND=kind,
             H=H,
             K=K,
             QUERIES=QUERIES,
             BLOCK_H=min(config.heads, max(16, triton.next_power_of_2(H))),
-            BLOCK_K=max(16, triton.next_power_of_2(K)),
+            BLOCK_K=max(16, triton.next_power_of_2(triton.cdiv(K, 2))),
             BLOCK_N=config.keys,
             num_warps=config.warps,
             num_stages=config.stages,
@@ -124,8 +125,8 @@ def _key_gradient(
     end_ptr,
     log_total_ptr,
     delta_ptr,
-    grad_ptr,
     grads_ptr,
+    distance,
     T,
     S,
     C,
@@ -152,8 +153,9 @@ def _key_gradient(
     num_blocks = tl.cdiv(num_keys, BLOCK_N)
     group = (tl.program_id(0) // num_blocks).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    channel = tl.arange(0, BLOCK_K)
-    is_channel = (channel < K)[None, :]
+    # Channels go in two halves: a tile of all of them passes through more registers than there are.
+    low = tl.arange(0, BLOCK_K)[None, :]
+    high = low + BLOCK_K
     # [n]; picked: places in the list of a query
     key = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     if KIND == "raw":
@@ -182,18 +184,23 @@ def _key_gradient(
         is_key = entry >= 0
         source = row * C + entry
         target = group * P + key
-    keys_at = keys_ptr + source[:, None] * K + channel[None, :]
-    keys = tl.load(keys_at, mask=is_key[:, None] & is_channel, other=0.0)  # [n, k]
+    keys_at = keys_ptr + source[:, None] * K
+    keys_low = tl.load(keys_at + low, mask=is_key[:, None] & (low < K), other=0.0)  # [n, k / 2]
+    keys_high = tl.load(keys_at + high, mask=is_key[:, None] & (high < K), other=0.0)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    sum_low = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    sum_high = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    line = tl.arange(0, 2 * BLOCK_H)  # of a query and of its gradient, in turn
+    is_grad = (line % 2)[:, None].to(tl.int64)
     head_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     for step in range(first * head_blocks, last * head_blocks):  # one loop over queries and heads: it is pipelined
         query = row * T + step // head_blocks
         head = (step % head_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        at = (query * H + head)[:, None] * K + channel[None, :]
-        is_q = (head < H)[:, None] & is_channel
-        q = tl.load(q_ptr + at, mask=is_q, other=0.0)  # [h, k]
-        grad = tl.load(grad_ptr + at, mask=is_q, other=0.0)
+        head_of_line = (step % head_blocks) * BLOCK_H + line // 2
+        both_at = q_ptr + (query * H + head_of_line)[:, None] * K + is_grad * distance
+        is_line = (head_of_line < H)[:, None]
+        both_low = tl.load(both_at + low, mask=is_line & (low < K), other=0.0)  # [2 h, k / 2]
+        both_high = tl.load(both_at + high, mask=is_line & (high < K), other=0.0)
         log_total = tl.load(log_total_ptr + query * H + head, mask=head < H, other=0.0)
         delta = tl.load(delta_ptr + query * H + head, mask=head < H, other=0.0)
         if KIND == "raw":
@@ -203,14 +210,19 @@ def _key_gradient(
             is_seen = (key >= tl.load(begin_ptr + query)) & (key < tl.load(end_ptr + query)) & is_key
         else:
             is_seen = is_key
-        scores = tl.dot(keys, tl.trans(q), input_precision="ieee") * log2_scale  # [n, h]
-        weights = tl.exp2(tl.where(is_seen[:, None], scores - log_total[None, :], float("-inf")))
-        moved = tl.dot(keys, tl.trans(grad), input_precision="ieee")
-        grad_scores = weights * (moved - delta[None, :]) * scale
-        acc = tl.dot(grad_scores.to(q.dtype), q, acc, input_precision="ieee")
-        acc = tl.dot(weights.to(q.dtype), grad, acc, input_precision="ieee")
-    grads_at = grads_ptr + target[:, None] * K + channel[None, :]
-    tl.store(grads_at, acc.to(grads_ptr.dtype.element_ty), mask=(key < num_keys)[:, None] & is_channel)
+        weights, grad_scores = gradients(
+            both_low, both_high, keys_low, keys_high, is_seen, log_total, delta, log2_scale
+        )
+        # What a line counts for: of a query, the gradient of its score; of its gradient, its weight.
+        shares = tl.reshape(tl.permute(tl.join(grad_scores * scale, weights), (0, 2, 1)), (2 * BLOCK_H, BLOCK_N))
+        shares = shares.to(keys_low.dtype)
+        sum_low = tl.dot(tl.trans(both_low), shares, sum_low, input_precision="ieee")  # [k / 2, n]
+        sum_high = tl.dot(tl.trans(both_high), shares, sum_high, input_precision="ieee")
+    is_stored = (key < num_keys)[:, None]
+    grads_at = grads_ptr + target[:, None] * K
+    dtype = grads_ptr.dtype.element_ty
+    tl.store(grads_at + low, tl.trans(sum_low).to(dtype), mask=is_stored & (low < K))
+    tl.store(grads_at + high, tl.trans(sum_high).to(dtype), mask=is_stored & (high < K))
 
 
 @triton.jit

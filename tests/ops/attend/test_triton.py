@@ -97,8 +97,8 @@ def test_several_tiles_of_16_bits(kind, dtype):
 @pytest.mark.parametrize("name", ["deep", "flat"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_configurations(kind, name, monkeypatch):
-    for module, table in ((triton, "CONFIGS"), (triton_backward, "QUERY_CONFIGS"), (triton_keys, "KEY_CONFIGS")):
-        if name in getattr(module, table):
+    for module in (triton, triton_backward, triton_keys):
+        if name in module.CONFIGS:
             monkeypatch.setattr(module, "NARROW", name)
     check(*case(kind, NARROW[0], B=1, T=3, history=40, C=70, P=66, H=33, K=16), window=41)
 
