@@ -69,3 +69,9 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.accelerator.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def start_peak(device: torch.device) -> None:
+    """Let ``peak_memory_bytes`` of an accelerator count from now on; a CPU's is that of the process."""
+    if is_accelerator(device):
+        torch.accelerator.reset_peak_memory_stats(device)

@@ -24,6 +24,7 @@ _MAKES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_stride
 INT32 = "i"  # of Python's arrays
 Input = torch.Tensor | array
 _Result = TypeVar("_Result")
+_PICKS = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -71,8 +72,9 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         made = _tensors((result,))
         self._kept += made
-        places = {x.device for x in (*made, *_tensors((*args, *kwargs.values())))}
-        if any(tag in func.tags for tag in _TAGS) or not made or len(places) > 1:
+        given = _tensors((*args, *kwargs.values()))
+        places = {x.device for x in (*made, *given)}
+        if _reads_numbers(func, args) or (given and not made) or len(places) > 1:
             self.unplayable = self.unplayable or str(func)
         elif func._schema.is_mutable:
             self.add(func, args, []) if not kwargs else self.add(_with(func, kwargs), args, [])
@@ -135,6 +137,13 @@ def _again(func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) 
 
 def _with(func: Any, kwargs: dict[str, Any]) -> Callable[..., object]:
     return lambda *args: func(*args, **kwargs)
+
+
+def _reads_numbers(func: Any, args: Sequence[Any]) -> bool:
+    """Whether a number decides what follows or the size of a result. A list of places does neither, a mask does."""
+    if func.overloadpacket in _PICKS:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return any(tag in func.tags for tag in _TAGS)
 
 
 def _are_views(made: Sequence[torch.Tensor], given: Sequence[Any]) -> bool:

@@ -84,3 +84,22 @@ def test_another_threads_kernels_are_not_recorded():
         other.submit(rmsnorm, x, NORM, 1e-6, backend="native").result()
         rmsnorm(x, NORM, 1e-6, backend="native")
     assert len(tape._calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("waits", "work"),
+    [
+        (False, lambda x: x[torch.tensor([2, 0])]),
+        (True, lambda x: x[x > 0]),
+        (True, lambda x: x.sum().item()),
+        (True, lambda x: x * 2 if bool(x.any()) else x),
+        (True, lambda x: x.nonzero()),
+        (True, lambda x: (x > 0).to(torch.int64).bincount()),
+        (True, lambda x: x.to("meta")),  # stands for another device: to copy there or back waits for it
+        (False, lambda x: x.to(torch.promote_types(x.dtype, torch.float64))),
+    ],
+)
+def test_what_hangs_on_a_number_or_waits_for_a_device_is_seen(waits, work):
+    with Tape() as tape:
+        work(torch.tensor([1.0, -2.0, 3.0]))
+    assert (tape.unplayable is not None) == waits
