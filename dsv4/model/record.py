@@ -51,8 +51,8 @@ class IndexerResult:
     loss: the weighted divergence, a float32 scalar whose gradient reaches this indexer's parameters alone; None
     unless asked to learn. kl, uniform_kl: sums over the measured queries, float32 scalars without gradient; 1 - kl /
     uniform_kl is the share of the attention's information that the indexer captures. num_queries: how many queries that
-    is, int64 scalar: those that see an entry. recall: [n] float32, of each sampled query with more than top_k entries
-    to choose from, the share of the attention's top_k that the indexer picks; empty if there is none.
+    is, int64 scalar: those that see an entry. recall: [B, n] float32, of each sampled query, the share of the
+    attention's top_k that the indexer picks; NaN where there are no more than top_k entries to choose from.
     """
 
     loss: torch.Tensor | None

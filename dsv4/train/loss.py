@@ -91,7 +91,8 @@ class Sums:
 
     def numbers(self, trains_mtp: bool) -> dict[str, float | None]:
         """The step's means. captured: the share of the attention's information that the indexers hold."""
-        recall = torch.cat(self.recall) if self.recall else torch.zeros(0)
+        recall = torch.cat([one.flatten() for one in self.recall]) if self.recall else torch.zeros(0)
+        recall = recall[~recall.isnan()]
         queries, uniform = int(self.queries), float(self.uniform_kl)
         return {
             "loss": float(self.loss),

@@ -60,9 +60,9 @@ def recall(
     scale: float,
     backend: Backend = "portable",
 ) -> torch.Tensor:
-    """Return the share of the teacher's P best entries that the indexer picked, [n] float32.
+    """Return the share of the teacher's P best entries that the indexer picked, [B, T] float32.
 
-    One number for each of the n queries with more than P entries to choose from, rows in order; no gradient.
+    NaN of queries with no more than P entries, which have nothing to choose. No gradient.
     q: [B, T, H, K]; entries: all a query could choose from, by an interval; log_sum_exp: [B, T, H], of attention
     over these or over the picked ones; picked: [B, T, P] int64, as ``dsv4.ops.index.select`` gives.
     """

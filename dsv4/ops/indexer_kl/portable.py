@@ -181,15 +181,15 @@ def recall(
     teacher, num_picks = _Teacher(q, entries, log_sum_exp, scale), picked.shape[-1]
     row = torch.arange(len(q), device=q.device)[:, None, None] * entries.values.shape[1]
     places = torch.where(picked < 0, -1, picked + row).flatten(0, 1)  # [B * T, P]
-    shares = [q.new_empty(0, dtype=teacher.wide)]
+    shares = q.new_full(picked.shape[:2], torch.nan, dtype=teacher.wide).flatten()
     for now in _slices(entries, q.shape[2], q.shape[3]):
         chooses = (~now.hidden).sum(dim=-1) > num_picks  # [g]
         if bool(chooses.any()):
             mass = teacher.log_mass(now).masked_fill_(now.hidden, -torch.inf)[chooses]  # [n, S]
             best = now.places[0][mass.topk(num_picks, dim=-1).indices]  # [n, P]
             is_held = _contains(places[now.queries][chooses], best)
-            shares.append(is_held.to(mass.dtype).mean(dim=-1))
-    return torch.cat(shares)
+            shares[now.queries][chooses] = is_held.to(mass.dtype).mean(dim=-1)
+    return shares.view(picked.shape[:2])
 
 
 def _contains(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

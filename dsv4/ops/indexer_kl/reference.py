@@ -45,7 +45,7 @@ def recall(
     best = mass.sort(dim=-1, descending=True, stable=True).indices[..., :num_picks]
     is_picked = seen_entries(Entries(entries.values, picked=picked))
     shares = is_picked.gather(-1, best).to(mass.dtype).mean(dim=-1)  # [B, T]
-    return shares[is_seen.sum(dim=-1) > num_picks]
+    return shares.where(is_seen.sum(dim=-1) > num_picks, torch.nan)
 
 
 def log_mass(q: torch.Tensor, values: torch.Tensor, log_sum_exp: torch.Tensor, scale: float) -> torch.Tensor:
