@@ -8,6 +8,7 @@ import torch
 
 from dsv4.device import accelerator
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as the operations set it; tests import kernels themselves
 if accelerator() is None:  # before anything imports triton: without a GPU its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 

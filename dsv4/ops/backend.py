@@ -9,6 +9,7 @@ an operation has them, for the CPU, ``triton`` portable with the Triton kernels 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -79,5 +80,7 @@ def proved() -> dict[str, Any]:
 
 @cache
 def _load(name: str) -> Callable[..., Any]:
+    # Products may be added without being rounded, as C kernels do it; Triton wants to be told.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     module, function = name.split(":")
     return getattr(import_module(f"dsv4.ops.{module}"), function)
