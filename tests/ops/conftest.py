@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore_glob = [] if find_spec("triton") else ["*/test_triton.py"]
+collect_ignore_glob = [] if find_spec("triton") else ["*/test_*triton*.py"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from dsv4.ops.attend import Entries, attend, paged_native
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.places import PAGE_TOKENS, Places
 from dsv4.ops.rows import RowFormat, check_format, row_bytes
 from dsv4.ops.rows import portable as portable_rows
@@ -54,6 +54,8 @@ def attend_paged(
     given = (q, kv, sink, ring, places, pages, picked, window, ratio, row_format, rotary_dims, scale)
     if backend == "native" and paged_native.serves(q, kv):
         return paged_native.attend_paged(*given)
+    if (kernel := triton_kernel(backend, "attend.paged_triton:attend_paged")) is not None:
+        return kernel(*given)
     return _by_sequence(*given, backend)
 
 
@@ -70,6 +72,9 @@ def write_ring_(
     _check_rows(kv, ring, places, row_format, rotary_dims)
     if backend == "native" and paged_native.serves(kv, kv):
         paged_native.write_ring_(kv, ring, places, row_format, rotary_dims)
+        return
+    if (kernel := triton_kernel(backend, "attend.paged_triton:write_ring_")) is not None:
+        kernel(kv, ring, places, row_format, rotary_dims)
         return
     pack = pick(backend, reference=reference_rows.pack, portable=portable_rows.pack)
     for own in _sequences(places):

@@ -39,7 +39,13 @@ def pack(x: torch.Tensor, *, row_format: RowFormat, rotary_dims: int, backend: B
     """Return rows as bytes: x [..., K] float, returns [..., row_bytes] uint8. A packed row takes no NaN."""
     _check_values(x, row_format)
     check_format(row_format, x.shape[-1], rotary_dims)
-    chosen = pick(backend, reference=reference.pack, portable=portable.pack, native=native.pack)
+    chosen = pick(
+        backend,
+        reference=reference.pack,
+        portable=portable.pack,
+        native=native.pack,
+        triton="rows.triton:pack",
+    )
     return chosen(x, row_format, rotary_dims)
 
 
@@ -55,14 +61,26 @@ def unpack(
     """Return the values of rows: [..., row_bytes] uint8, returns [..., K] rounded to ``dtype``."""
     check_format(row_format, channels, rotary_dims)
     _check_bytes(rows, row_bytes(row_format, channels, rotary_dims), row_format, channels)
-    chosen = pick(backend, reference=reference.unpack, portable=portable.unpack, native=native.unpack)
+    chosen = pick(
+        backend,
+        reference=reference.unpack,
+        portable=portable.unpack,
+        native=native.unpack,
+        triton="rows.triton:unpack",
+    )
     return chosen(rows, row_format, channels, rotary_dims).to(dtype)
 
 
 def pack_index(x: torch.Tensor, *, row_format: RowFormat, backend: Backend = "portable") -> torch.Tensor:
     """Return indexer keys as bytes: x [..., J] float, returns [..., index_row_bytes] uint8. Packed takes no NaN."""
     _check_values(x, row_format)
-    chosen = pick(backend, reference=reference.pack_index, portable=portable.pack_index, native=native.pack_index)
+    chosen = pick(
+        backend,
+        reference=reference.pack_index,
+        portable=portable.pack_index,
+        native=native.pack_index,
+        triton="rows.triton:pack_index",
+    )
     return chosen(x, row_format)
 
 
@@ -77,7 +95,13 @@ def unpack_index(
     """Return the values of indexer keys: [..., index_row_bytes] uint8, returns [..., J] rounded to ``dtype``."""
     _check_name(row_format)
     _check_bytes(rows, index_row_bytes(row_format, channels), row_format, channels)
-    chosen = pick(backend, reference=reference.unpack_index, portable=portable.unpack_index, native=native.unpack_index)
+    chosen = pick(
+        backend,
+        reference=reference.unpack_index,
+        portable=portable.unpack_index,
+        native=native.unpack_index,
+        triton="rows.triton:unpack_index",
+    )
     return chosen(rows, row_format, channels).to(dtype)
 
 
