@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,18 @@ def wait(device: torch.device) -> None:
     """Wait until all work that was given to a device is done; on a CPU it is."""
     if is_accelerator(device):
         torch.accelerator.synchronize(device)
+
+
+@cache
+def has_graphs(device: torch.device) -> bool:
+    """Whether work of this device can be captured: torch knows graphs since 2.13, and not of every accelerator."""
+    if not is_accelerator(device) or not hasattr(torch.accelerator, "Graph"):
+        return False
+    try:
+        torch.accelerator.Graph()
+    except RuntimeError:  # "Graph is not supported on device type"
+        return False
+    return True
 
 
 def capture(run: Callable[[], _Result], device: torch.device) -> tuple[torch.accelerator.Graph, _Result]:

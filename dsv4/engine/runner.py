@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dsv4.device import is_accelerator
+from dsv4.device import has_graphs
 from dsv4.engine.replay import Replayer
 from dsv4.engine.step import Entry
 from dsv4.model.cache import Cache
@@ -129,7 +129,7 @@ class Runner:
 
     def _arrange(self, sequences: Sequence[tuple[int, int, int, int]]) -> tuple[Arrangement, list[int]]:
         """Arrange a step, and so that an accelerator needs few graphs, whatever number of blocks its tokens close."""
-        few = is_accelerator(self.device) and sum(count for *_, count, _ in sequences) <= self._most
+        few = has_graphs(self.device) and sum(count for *_, count, _ in sequences) <= self._most
         return self.cache.arrange(sequences, fills=few)
 
     def _list_pages(self, entry: Entry) -> int:
@@ -191,6 +191,6 @@ def _player(model: Transformer, device: torch.device) -> tuple[int, Callable[...
     """
     if model.experts_move:
         return 0, Player
-    if is_accelerator(device):
+    if has_graphs(device):
         return MOST_REPLAYED, partial(Replayer, device=device)
     return MOST_PLAYED if resolve(model.backend, device) == "native" else 0, Player

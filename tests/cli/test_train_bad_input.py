@@ -86,7 +86,7 @@ BAD = {
     ),
     "no such recipe": (
         lambda path, corpus, finished: "smok",
-        "recipe is 'smok'; expected one of smoke, demo, chat, mini, flash, pro; did you mean smoke?",
+        "recipe is 'smok'; expected one of smoke, demo, chat, mini, mini-demo, flash, pro; did you mean smoke?",
     ),
     "no such file": (
         lambda path, corpus, finished: str(path / "no.toml"),

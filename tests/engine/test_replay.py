@@ -40,7 +40,7 @@ def graphs(monkeypatch):
         return made[-1], made[-1].result
 
     monkeypatch.setattr("dsv4.device.capture", capture)
-    monkeypatch.setattr("dsv4.engine.runner.is_accelerator", lambda device: True)
+    monkeypatch.setattr("dsv4.engine.runner.has_graphs", lambda device: True)
     return made
 
 

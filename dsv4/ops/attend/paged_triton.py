@@ -50,6 +50,7 @@ CONFIGS = {
 }
 CHOICES: dict[str, str] = {"packed": "deep", "bfloat16": "narrow", "float32": "small"}
 """The configuration of each row format, unless q is float32."""
+MOST_DEEP = 512  # channels for which three stages fit
 PIECE_KEYS = 512  # entries of a piece
 PICKED_KEYS = 2048  # or picks
 BUSY_PROGRAMS = 64  # fewer programs than this leave most of a GPU idle
@@ -78,7 +79,7 @@ def attend_paged(
     out = torch.empty_like(q)
     if not q.numel():
         return out
-    config = CONFIGS["float32" if q.dtype == torch.float32 else CHOICES[row_format]]
+    config = _config(q.dtype, row_format, K)
     plan = _Plan.of(config, H, window, ratio, places.table.shape[1], None if picked is None else picked.shape[1])
     is_whole, num_parts, units_each, window_parts = plan.cut(T)
     at_once = T if is_whole else max(1, SCRATCH_BYTES // (4 * num_parts * H * K))
@@ -117,6 +118,13 @@ def write_ring_(kv: torch.Tensor, ring: torch.Tensor, places: Places, row_format
             L=ring.shape[1], K=K, R=rotary_dims, FORMAT=row_format, BYTES=ring.shape[2],
             ROWS=RING_ROWS, WIDTH=max(2, triton.next_power_of_2(K)), num_warps=4,
         )  # fmt: skip
+
+
+def _config(dtype: torch.dtype, row_format: RowFormat, channels: int) -> Config:
+    if dtype == torch.float32:
+        return CONFIGS["float32"]
+    name = CHOICES[row_format]
+    return CONFIGS["narrow" if name == "deep" and channels > MOST_DEEP else name]
 
 
 def _as_stored(kv: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tensor:

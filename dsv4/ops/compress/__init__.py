@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.compress import portable, reference
+from dsv4.ops.lowbit import round_entries
+from dsv4.ops.rmsnorm import rmsnorm
+from dsv4.ops.rope import rotate
 from dsv4.ops.shapes import Shapes
 
 
@@ -107,3 +110,48 @@ def pool(
     return pick(
         backend, reference=reference.pool_plain, portable=portable.pool_plain, triton="compress.triton:pool_plain"
     )(kv, gate + position_bias)
+
+
+def entries(
+    kv: torch.Tensor,
+    gate: torch.Tensor,
+    position_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    overlap: bool,
+    eps: float,
+    dtype: torch.dtype,
+    is_first: torch.Tensor | None = None,
+    is_index: bool = False,
+    rounds: bool = False,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """Pool complete blocks into entries as attention and the indexer see them: [B, C, K] in ``dtype``.
+
+    What ``pool`` gives, rounded to ``dtype`` there and after each step: normalised with norm_weight [K], rotated by cos
+    and sin, [B, C, R / 2] float32, and with ``rounds`` rounded as released: ``lowbit.round_entries``.
+    """
+    shapes = Shapes()
+    shapes.check("kv", kv, "B C m E")
+    shapes.check("norm_weight", norm_weight, "K")
+    shapes.check("cos", cos, "B C r")
+    shapes.check("sin", sin, "B C r")
+    wanted = norm_weight.shape[0] * (2 if overlap else 1)
+    if kv.shape[3] != wanted:
+        raise ValueError(
+            f"kv has {kv.shape[3]} channels; expected {wanted}, {wanted // len(norm_weight)} x norm_weight's"
+        )
+    kernel = triton_kernel(backend, "compress.triton_entries:entries")
+    if kernel is None or kv.dtype != torch.float32 or dtype == torch.float64:
+        pooled = pool(kv, gate, position_bias, overlap=overlap, is_first=is_first, backend=backend)
+        made = rotate(rmsnorm(pooled.to(dtype), norm_weight, eps, backend=backend), cos, sin, backend=backend)
+        return round_entries(made, 2 * cos.shape[-1], is_index=is_index, backend=backend) if rounds else made
+    if is_first is None:
+        is_first = torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[:2]) == 0
+    shapes.check("gate", gate, "B C m E")
+    shapes.check("position_bias", position_bias, "m E")
+    shapes.check("is_first", is_first, "B C")
+    given = (kv, gate, position_bias, norm_weight, cos, sin, is_first if overlap else None)
+    return kernel(*given, eps, is_index, rounds, dtype)

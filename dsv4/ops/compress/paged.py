@@ -8,14 +8,14 @@ sequence's slot:
     entry of slot s that begins at p:     pages[table[s, p // 128], p % 128 // m]
 
 Pooling runs in float32. The entry is rounded to ``dtype`` when pooled, when normalised and when rotated, then to its
-row format. Native, its sums run over the tokens in their order, wherever these lie.
+row format. Native and in Triton, its sums run over the tokens in their order, wherever these lie.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dsv4.ops.backend import Backend
+from dsv4.ops.backend import Backend, triton_kernel
 from dsv4.ops.compress import paged_native, pool
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.places import PAGE_TOKENS, Places
@@ -59,6 +59,10 @@ def compress_paged_(
     given = (kv, gate, position_bias, norm_weight, cos, sin, tail_kv, tail_gate, pages, places)
     if backend == "native" and paged_native.serves(kv, norm_weight, dtype):
         paged_native.compress_paged_(*given, overlap, eps, row_format, is_index, rounds, dtype)
+        return
+    kernel = triton_kernel(backend, "compress.paged_triton:compress_paged_")
+    if kernel is not None and dtype != torch.float64:
+        kernel(*given, overlap, eps, row_format, is_index, rounds, dtype)
         return
     with torch.no_grad():
         if len(cos):

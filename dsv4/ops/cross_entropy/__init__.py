@@ -33,5 +33,10 @@ def cross_entropy(
     shapes.check("targets", targets, "T")
     shapes.check("token_weights", token_weights, "T")
     check_integer("targets", targets)
-    chosen = pick(backend, reference=reference.cross_entropy, portable=portable.cross_entropy)
+    chosen = pick(
+        backend,
+        reference=reference.cross_entropy,
+        portable=portable.cross_entropy,
+        triton="cross_entropy.triton:cross_entropy",
+    )
     return chosen(hidden, weight, targets, token_weights)

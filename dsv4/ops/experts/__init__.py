@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 
 from dsv4.native import wants_gradient
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.experts import coded, native, portable, reference, rounded
 from dsv4.ops.experts.store import CODES, ExpertStore, Matrices
 from dsv4.ops.shapes import Shapes, check_integer
+
+_WITH_SHARED = "experts.triton:experts_with_shared"
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, *, backend: Backend = "portable") -> torch.Tensor:
@@ -23,7 +25,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, *, backend: Backe
     """
     if gate.shape != up.shape:
         raise ValueError(f"up has shape {list(up.shape)}; expected that of gate, {list(gate.shape)}")
-    return pick(backend, reference=reference.swiglu, portable=portable.swiglu, native=native.swiglu)(gate, up, limit)
+    run = pick(
+        backend,
+        reference=reference.swiglu,
+        portable=portable.swiglu,
+        native=native.swiglu,
+        triton="experts.triton:swiglu",
+    )
+    return run(gate, up, limit)
 
 
 def experts(
@@ -40,11 +49,18 @@ def experts(
 
     x: [T, D]; chosen: [T, A] int64, distinct in a row; weights: [T, A] float32; routed: stacks, w1 and w3 [E, F, D] and
     w2 [E, D, F], in any float dtype (cast to that of x). The caller adds the shared expert and rounds.
-    fixed_order: each token by itself, where the backend is ``native`` and no gradient is asked for.
+    fixed_order: each token by itself, where the backend is ``native`` and no gradient is asked for. With the Triton
+    kernels each is in any case; they do not look whether ``chosen`` is in range.
     """
     _check(x, chosen, weights, routed)
     with_kernels = native.experts_in_order if fixed_order else native.experts
-    run = pick(backend, reference=reference.experts, portable=portable.experts, native=with_kernels)
+    run = pick(
+        backend,
+        reference=reference.experts,
+        portable=portable.experts,
+        native=with_kernels,
+        triton="experts.triton:experts",
+    )
     return run(x, chosen, weights, routed, limit)
 
 
@@ -70,6 +86,9 @@ def experts_with_shared(
         with torch.no_grad():
             if backend == "native":
                 return native.experts_with_shared(x, chosen, weights, routed, shared, limit)
+            kernel = triton_kernel(backend, _WITH_SHARED)
+            if kernel is not None:
+                return kernel(x, chosen, weights, routed, shared, limit)
             return coded.experts_with_shared(x, chosen, weights, routed, shared, limit, backend)
     _check(x, chosen, weights, routed, shared)
     run = pick(
@@ -77,6 +96,7 @@ def experts_with_shared(
         reference=reference.experts_with_shared,
         portable=portable.experts_with_shared,
         native=native.experts_with_shared,
+        triton=_WITH_SHARED,
     )
     return run(x, chosen, weights, routed, shared, limit)
 
@@ -95,6 +115,9 @@ def rounded_experts(
     routed: in the dtype of x, already rounded. Made for training: gradients pass straight through the rounding.
     """
     _check(x, chosen, weights, routed)
+    kernel = triton_kernel(backend, "experts.triton:rounded_experts")
+    if kernel is not None:
+        return kernel(x, chosen, weights, routed, limit)
     return rounded.rounded_experts(x, chosen, weights, routed, limit, backend)
 
 

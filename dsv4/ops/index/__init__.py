@@ -39,7 +39,7 @@ def select(
     check_integer("entry_end", entry_end)
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected at least 1")
-    chosen = pick(backend, reference=reference.select, portable=portable.select)
+    chosen = pick(backend, reference=reference.select, portable=portable.select, triton="index.triton:select")
     with torch.no_grad():
         return chosen(q, k, weights, entry_begin, entry_end, min(top_k, k.shape[1]))
 
@@ -54,7 +54,8 @@ def score(
     shapes = _check(q, k, weights)
     shapes.check("picked", picked, "B T P")
     check_integer("picked", picked)
-    return pick(backend, reference=reference.score, portable=portable.score)(q, k, weights, picked)
+    chosen = pick(backend, reference=reference.score, portable=portable.score, triton="index.triton:score")
+    return chosen(q, k, weights, picked)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> Shapes:

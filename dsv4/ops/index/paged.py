@@ -5,7 +5,7 @@ The same choice as ``dsv4.ops.index.select``, token t seeing the first (position
     key e of slot s:    pages[table[s, e // 32], e % 32]
 
 Keys are taken in the dtype of q, which changes none that was stored from it. Native, a score runs over the channels and
-then the heads in their order, whatever else the step holds.
+then the heads in their order, whatever else the step holds. The Triton kernels read nothing back to the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from dsv4.ops.backend import Backend
+from dsv4.ops.backend import Backend, triton_kernel
 from dsv4.ops.index import paged_native, select
 from dsv4.ops.places import PAGE_TOKENS, Places
 from dsv4.ops.rows import RowFormat, index_row_bytes, read_index_pages, unpack_index
@@ -42,7 +42,10 @@ def select_paged(
     _check(q, weights, pages, places, num_picks, row_format)
     if backend == "native" and paged_native.serves(q, weights):
         return paged_native.select_paged(q, weights, pages, places, num_picks, row_format)
+    kernel = triton_kernel(backend, "index.paged_triton:select_paged")
     with torch.no_grad():
+        if kernel is not None:
+            return kernel(q, weights, pages, places, num_picks, row_format)
         return _by_sequence(q, weights, pages, places, num_picks, row_format, backend)
 
 

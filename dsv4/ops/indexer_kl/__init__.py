@@ -46,7 +46,12 @@ def indexer_kl(
     shapes.check("index_weights", index_weights, "B T I")
     _check_teacher(shapes, q, entries, log_sum_exp)
     shapes.check("query_weights", query_weights, "B T")
-    chosen = pick(backend, reference=reference.indexer_kl, portable=portable.indexer_kl)
+    chosen = pick(
+        backend,
+        reference=reference.indexer_kl,
+        portable=portable.indexer_kl,
+        triton="indexer_kl.triton:indexer_kl",
+    )
     teacher = (q.detach(), entries._replace(values=entries.values.detach()), log_sum_exp.detach())
     return chosen(index_q, index_k, index_weights, *teacher, query_weights, scale)
 
@@ -72,7 +77,7 @@ def recall(
         raise ValueError("entries give picked; expected begin and end: recall is measured among all entries")
     shapes.check("picked", picked, "B T P")
     check_integer("picked", picked)
-    chosen = pick(backend, reference=reference.recall, portable=portable.recall)
+    chosen = pick(backend, reference=reference.recall, portable=portable.recall, triton="indexer_kl.triton:recall")
     with torch.no_grad():
         return chosen(q, entries, log_sum_exp, picked, scale)
 

@@ -9,7 +9,8 @@ A weight may be a ``Packed`` matrix of codes. Then x is rounded to E4M3 in group
 
 The kernels (backend ``native``, where no
 gradient is asked for) compute each element by itself in a fixed order: it has the same bits whatever the other rows
-and columns, on any number of threads. They read a weight as it is stored, and never convert it as a whole.
+and columns, on any number of threads. They read a weight as it is stored, and never convert it as a whole. So do those
+in Triton, for packed weights and for wide maps of 16-bit numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ from dsv4.ops.shapes import Shapes
 def linear(x: torch.Tensor, weight: Weight, *, wide: bool = False, backend: Backend = "portable") -> torch.Tensor:
     """Return x W^T, [..., N]. x: [..., K]; weight: [N, K], in any float dtypes, or packed."""
     _check(x, [weight])
-    run = pick(backend, reference=reference.linear, portable=portable.linear, native=native.linear)
+    run = pick(
+        backend,
+        reference=reference.linear,
+        portable=portable.linear,
+        native=native.linear,
+        triton="linear.triton:linear",
+    )
     return run(x, weight, wide)
 
 
@@ -39,7 +46,13 @@ def linears(
     _check(x, weights)
     if len(wide) != len(weights):
         raise ValueError(f"wide has {len(wide)} values; expected one for each of {len(weights)} weights")
-    run = pick(backend, reference=reference.linears, portable=portable.linears, native=native.linears)
+    run = pick(
+        backend,
+        reference=reference.linears,
+        portable=portable.linears,
+        native=native.linears,
+        triton="linear.triton:linears",
+    )
     return run(x, weights, wide)
 
 

@@ -60,12 +60,7 @@ def pre(
     shapes = Shapes()
     shapes.check("streams", streams, "B T N D")
     N, D = streams.shape[2:]
-    shapes.check("mix.fn", mix.fn, f"{N * (2 + N)} {N * D}")
-    shapes.check("mix.base", mix.base, f"{N * (2 + N)}")
-    shapes.check("mix.scale", mix.scale, "3")
-    shapes.check("norm_weight", norm_weight, "D")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; expected at least 1")
+    _check_mix(shapes, mix, norm_weight, N, D, iterations)
     chosen = pick(backend, reference=reference.pre, portable=portable.pre, native=native.pre, triton="mhc.triton:pre")
     return Reading(*chosen(streams, mix.fn, mix.base, mix.scale, norm_weight, norm_eps, eps, iterations))
 
@@ -84,6 +79,39 @@ def post(reading: Reading, y: torch.Tensor, *, backend: Backend = "portable") ->
         backend, reference=reference.post, portable=portable.post, native=native.post, triton="mhc.triton:post"
     )
     return chosen(reading.streams, y, reading.post, reading.comb)
+
+
+def write_read(
+    reading: Reading,
+    y: torch.Tensor,
+    mix: Mix,
+    norm_weight: torch.Tensor,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    backend: Backend = "portable",
+) -> Reading:
+    """Write the sub-layer's output back, as ``post``, and read the input of the next one off what that gives.
+
+    As ``pre`` of ``post``, in values and gradients; the streams in the result are those that ``post`` returns.
+    """
+    shapes = Shapes()
+    shapes.check("reading.streams", reading.streams, "B T N D")
+    N, D = reading.streams.shape[2:]
+    shapes.check("y", y, "B T D")
+    shapes.check("reading.post", reading.post, "B T N")
+    shapes.check("reading.comb", reading.comb, "B T N N")
+    _check_mix(shapes, mix, norm_weight, N, D, iterations)
+    chosen = pick(
+        backend,
+        reference=reference.write_read,
+        portable=portable.write_read,
+        native=native.write_read,
+        triton="mhc.triton:write_read",
+    )
+    given = (reading.streams, y, reading.post, reading.comb, mix.fn, mix.base, mix.scale, norm_weight)
+    return Reading(*chosen(*given, norm_eps, eps, iterations))
 
 
 def head(
@@ -127,3 +155,13 @@ def sinkhorn(logits: torch.Tensor, *, eps: float, iterations: int, backend: Back
         native=native.sinkhorn,
         triton="mhc.triton:sinkhorn",
     )(logits, eps, iterations)
+
+
+def _check_mix(shapes: Shapes, mix: Mix, norm_weight: torch.Tensor, N: int, D: int, iterations: int) -> None:
+    """Check the mix around a sub-layer."""
+    shapes.check("mix.fn", mix.fn, f"{N * (2 + N)} {N * D}")
+    shapes.check("mix.base", mix.base, f"{N * (2 + N)}")
+    shapes.check("mix.scale", mix.scale, "3")
+    shapes.check("norm_weight", norm_weight, "D")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; expected at least 1")

@@ -1,11 +1,12 @@
 """Hyper-connections on an accelerator: reading is three kernels, writing one, and each sees the streams once.
+Writing and then reading is three: the first of reading is done by that which writes, on what it holds in registers.
 
 Reading cannot be one kernel that also fills the machine. The map fn weighs 24 N D floats, more than the streams of
 dozens of tokens, so a program that reads it must hold a block of tokens; the read and its norm want a program a token.
-So: ``_project`` (tokens by parts of N D) leaves partial products and square sums, ``_coefficients`` adds them in order
-and does the Sinkhorn rounds in registers, ``_read`` takes the sum and normalises it. The parts are as many for one
-token as for a million, so a token's bits never depend on the others. ``_read`` goes from the last token to the first:
-what ``_project`` read last is still in the second-level cache.
+So: ``_project`` (tokens by parts of D, of all streams) leaves partial products and square sums, ``_coefficients`` adds
+them in order and does the Sinkhorn rounds in registers, ``_read`` takes the sum and normalises it. The parts are as
+many for one token as for a million, so a token's bits never depend on the others. ``_read`` goes from the last token to
+the first: what ``_project`` read last is still in the second-level cache.
 
 Kept for backward: the streams, M mixes and one inverse RMS a token; the Sinkhorn rounds are formed again.
 """
@@ -41,7 +42,33 @@ def pre(
         return portable.pre(streams, fn, base, scale, norm_weight, norm_eps, eps, iterations)
     B, T, N, D = streams.shape
     x, post_weights, comb, carried = _Pre.apply(
-        streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, iterations
+        streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, iterations, None
+    )
+    return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
+
+
+def write_read(
+    streams: torch.Tensor,
+    y: torch.Tensor,
+    post_weights: torch.Tensor,
+    comb: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``dsv4.ops.mhc.write_read``; the same bits as ``post`` and then ``pre``."""
+    if not _serves(streams, comb) or not _serves(streams, fn) or y.dtype not in DTYPES:
+        written = post(streams, y, post_weights, comb)
+        return pre(written, fn, base, scale, norm_weight, norm_eps, eps, iterations)
+    B, T, N, D = streams.shape
+    given = (x.flatten(0, 1) for x in (streams, y, post_weights, comb))
+    written, partial = _PostAhead.apply(*given, fn)
+    x, post_weights, comb, carried = _Pre.apply(
+        written, fn, base, scale, norm_weight, norm_eps, eps, iterations, partial
     )
     return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
 
@@ -66,7 +93,7 @@ def head(
     """See ``dsv4.ops.mhc.head``."""
     if not _serves(streams, fn):
         return portable.head(streams, fn, base, scale, norm_weight, norm_eps, eps)
-    x, _, _, _ = _Pre.apply(streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, 0)
+    x, _, _, _ = _Pre.apply(streams.flatten(0, 1), fn, base, scale, norm_weight, norm_eps, eps, 0, None)
     return x.view(*streams.shape[:2], streams.shape[-1])
 
 
@@ -84,10 +111,13 @@ def _serves(streams: torch.Tensor, coefficients: torch.Tensor) -> bool:
 
 
 class _Pre(torch.autograd.Function):
-    """Reading and normalisation. With no iterations there is a head's read alone, without post and comb."""
+    """Reading and normalisation. With no iterations there is a head's read alone, without post and comb.
+
+    partial: what ``_project`` would find, if another kernel has found it already.
+    """
 
     @staticmethod
-    def forward(ctx, streams, fn, base, scale, norm_weight, norm_eps, eps, iterations):
+    def forward(ctx, streams, fn, base, scale, norm_weight, norm_eps, eps, iterations, partial):
         streams, fn, base, scale, norm_weight = (x.contiguous() for x in (streams, fn, base, scale, norm_weight))
         T, N, D = streams.shape
         M = len(fn)
@@ -96,13 +126,9 @@ class _Pre(torch.autograd.Function):
         comb = fn.new_empty(T if iterations else 0, N, N)
         if T and D:
             c, P = CONFIG, triton.next_power_of_2(N)
-            partial = fn.new_empty(T, c.parts, M + 1)
-            part = triton.cdiv(triton.cdiv(N * D, c.parts), c.channels) * c.channels
-            _project[(triton.cdiv(T, c.tokens), c.parts)](
-                streams, fn, partial, T, M=M, SIZE=N * D, PART=part, PARTS=c.parts, TOKENS=c.tokens,
-                ROWS=max(triton.next_power_of_2(M), 16), CHANNELS=c.channels, PRECISION=c.precision,
-                num_warps=4, num_stages=3,
-            )  # fmt: skip
+            if partial is None:
+                partial = fn.new_empty(T, c.parts, M + 1)
+                _project[(triton.cdiv(T, c.tokens), c.parts)](streams, fn, partial, T, **_sizes(M, N, D), num_stages=3)
             _coefficients[(triton.cdiv(T, c.tokens_of_coefficients),)](
                 partial, base, scale, mixes, inverse_rms, post_weights, comb, T, norm_eps, eps,
                 N=N, P=P, M=M, SIZE=N * D, PARTS=c.parts, ITERATIONS=iterations, TOKENS=c.tokens_of_coefficients,
@@ -123,7 +149,18 @@ class _Pre(torch.autograd.Function):
         grads = back.pre(
             *ctx.saved_tensors, ctx.norm_eps, ctx.eps, ctx.iterations, grad_x, grad_post, grad_comb, grad_carried
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _sizes(M: int, N: int, D: int) -> dict[str, int | str]:
+    """The constants and warps of a projection."""
+    c = CONFIG
+    part = triton.cdiv(triton.cdiv(D, c.parts), c.channels) * c.channels
+    return {
+        "M": M, "N": N, "D": D, "PART": part, "PARTS": c.parts, "TOKENS": c.tokens,
+        "ROWS": max(triton.next_power_of_2(M), 16), "CHANNELS": c.channels, "PRECISION": c.precision,
+        "num_warps": c.warps,
+    }  # fmt: skip
 
 
 class _Post(torch.autograd.Function):
@@ -142,6 +179,30 @@ class _Post(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return back.post(*ctx.saved_tensors, grad)
+
+
+class _PostAhead(torch.autograd.Function):
+    """Writing, and what ``_project`` finds in what was written. Nothing passes back through the latter: it does in
+    ``_Pre``, from which it was taken."""
+
+    @staticmethod
+    def forward(ctx, streams, y, post_weights, comb, fn):
+        kept = [x.contiguous() for x in (streams, y, post_weights, comb)]
+        T, N, D = streams.shape
+        c, M = CONFIG, len(fn)
+        out, partial = torch.empty_like(kept[0]), fn.new_empty(T, c.parts, M + 1)
+        if out.numel():
+            _write_project[(triton.cdiv(T, c.tokens), c.parts)](
+                *kept, fn.contiguous(), out, partial, T, **_sizes(M, N, D), num_stages=2
+            )
+        ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(partial)
+        return out, partial
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        return *back.post(*ctx.saved_tensors, grad), None
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -170,26 +231,70 @@ class _Sinkhorn(torch.autograd.Function):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _project(
     streams, fn, partial, num_tokens,
-    M: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of a block of tokens: M products with fn, and in column M the sum of squares."""
+    """One part of a block of tokens: M products with fn, and in column M the sum of squares.
+
+    A part is some channels of all streams, as a kernel that writes them has them; streams alternate.
+    """
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     part = tl.program_id(1)
     rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     is_token, is_row = tokens < num_tokens, rows < M
     products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
     squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
-    for first in range(0, PART, CHANNELS):
-        at = part * PART + first + channels
-        of_x, of_w = tokens[:, None] * SIZE + at[None, :], rows[:, None] * SIZE + at[None, :]
-        x = tl.load(streams + of_x, mask=is_token[:, None] & (at < SIZE)[None, :], other=0.0).to(tl.float32)
-        w = tl.load(fn + of_w, mask=is_row[:, None] & (at < SIZE)[None, :], other=0.0)
+    for step in range(PART // CHANNELS * N):  # one loop over channels and streams: it is pipelined
+        channel = part * PART + step // N * CHANNELS + channels
+        at = step % N * D + channel
+        of_x, of_w = tokens[:, None] * (N * D) + at[None, :], rows[:, None] * (N * D) + at[None, :]
+        x = tl.load(streams + of_x, mask=is_token[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
         squares += x * x
         products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+    _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
+
+
+@triton.jit
+def _store_partial(
+    products, squares, partial, tokens, part, is_token, M: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+):
+    rows = tl.arange(0, ROWS)
     to = partial + (tokens * PARTS + part) * (M + 1)
-    tl.store(to[:, None] + rows[None, :], products, mask=is_token[:, None] & is_row[None, :])
+    tl.store(to[:, None] + rows[None, :], products, mask=is_token[:, None] & (rows < M)[None, :])
     tl.store(to + M, tl.sum(squares, axis=1), mask=is_token)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _write_project(
+    streams, y, post_weights, comb, fn, out, partial, num_tokens,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``_write`` and ``_project``, some channels of a block of tokens at a time, step by step as these do."""
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.program_id(1)
+    rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    is_token, is_row = tokens < num_tokens, rows < M
+    products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
+    squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
+    for step in range(PART // CHANNELS * N):
+        channel, k = part * PART + step // N * CHANNELS + channels, step % N
+        inside = is_token[:, None] & (channel < D)[None, :]
+        of_token = tokens[:, None] * (N * D) + channel[None, :]
+        written = tl.load(y + tokens[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = written * tl.load(post_weights + tokens * N + k, mask=is_token, other=0.0)[:, None]
+        for j in tl.static_range(N):  # from the cache but for the first of N steps
+            stream = tl.load(streams + of_token + j * D, mask=inside, other=0.0).to(tl.float32)
+            value += stream * tl.load(comb + (tokens * N + j) * N + k, mask=is_token, other=0.0)[:, None]
+        x = value.to(out.dtype.element_ty)
+        tl.store(out + of_token + k * D, x, mask=inside)
+        of_w = rows[:, None] * (N * D) + (k * D + channel)[None, :]
+        w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
+        x = x.to(tl.float32)
+        squares += x * x
+        products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+    _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

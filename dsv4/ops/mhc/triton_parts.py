@@ -12,7 +12,7 @@ import triton.language as tl
 class Tiles:
     """Sizes of the launches; none depends on how many tokens there are.
 
-    tokens, channels, parts and precision: of the projection; a part is a fixed share of the N D values of a token.
+    tokens, channels, parts, precision and warps: of the projection; a part is a fixed share of the channels of a token.
     tokens_of_coefficients: one warp each. channels_of_a_write: of one token, forward. tokens_of_streams and
     channels_of_streams: of the gradient of the streams. tokens_of_a_sum: of a partial gradient of the norm's weight.
     """
@@ -21,6 +21,7 @@ class Tiles:
     channels: int = 64
     parts: int = 8
     precision: str = "ieee"
+    warps: int = 4
     tokens_of_coefficients: int = 16
     channels_of_a_write: int = 1024
     tokens_of_streams: int = 32
@@ -34,7 +35,7 @@ CONFIGS = {
     # The same products as three of tensor cores, to the last bits or so; bfloat16 streams are exact in them.
     "thirds": Tiles(precision="tf32x3"),
     # Half the reads of fn, for a quarter of the programs.
-    "tall": Tiles(precision="tf32x3", tokens=64, channels=128, parts=4),
+    "tall": Tiles(precision="tf32x3", tokens=64, channels=128, parts=4, warps=8),
 }
 CONFIG = CONFIGS["plain"]
 

@@ -37,5 +37,10 @@ def orthogonalize(
     check_floating("matrices", matrices)
     if matrices.dim() < 2:
         raise ValueError(f"matrices has shape {list(matrices.shape)}; expected [..., rows, columns]")
-    chosen = pick(backend, reference=reference.orthogonalize, portable=portable.orthogonalize)
+    chosen = pick(
+        backend,
+        reference=reference.orthogonalize,
+        portable=portable.orthogonalize,
+        triton="orthogonalize.triton:orthogonalize",
+    )
     return chosen(matrices, steps, dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from dsv4 import native as kernels
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.route import native, portable, reference
 from dsv4.ops.shapes import Shapes, check_integer
 
@@ -35,6 +35,10 @@ def route(
     with torch.no_grad():
         if backend == "native" and kernels.serves(logits):
             return native.route(logits, bias, chosen, experts_per_token, routed_scale)
+        kernel = triton_kernel(backend, "route.triton:route")
+        if kernel is not None and logits.dtype == torch.float32:
+            _check_count(experts_per_token, logits)
+            return kernel(logits, bias, chosen, experts_per_token, routed_scale)
         affinities = affinity(logits, backend=backend)
         if chosen is None:
             assert bias is not None
@@ -48,7 +52,8 @@ def affinity(logits: torch.Tensor, *, backend: Backend = "portable") -> torch.Te
     Logits below -80 count as -80: there softplus nears the smallest float32, the gradient of its root would
     not be a number, and weights are 4e-18 of those of a logit of 0 either way.
     """
-    return pick(backend, reference=reference.affinity, portable=portable.affinity)(logits)
+    run = pick(backend, reference=reference.affinity, portable=portable.affinity, triton="route.triton:affinity")
+    return run(logits)
 
 
 def choose(affinities: torch.Tensor, bias: torch.Tensor, experts_per_token: int) -> torch.Tensor:
@@ -59,10 +64,7 @@ def choose(affinities: torch.Tensor, bias: torch.Tensor, experts_per_token: int)
     shapes = Shapes()
     shapes.check("affinities", affinities, "T E")
     shapes.check("bias", bias, "E")
-    if experts_per_token > affinities.shape[1]:
-        raise ValueError(
-            f"experts_per_token is {experts_per_token}; expected at most the {affinities.shape[1]} experts"
-        )
+    _check_count(experts_per_token, affinities)
     with torch.no_grad():
         return (affinities + bias).topk(experts_per_token, dim=-1).indices
 
@@ -78,3 +80,8 @@ def weigh(affinities: torch.Tensor, experts: torch.Tensor, routed_scale: float) 
     check_integer("experts", experts)
     chosen = affinities.gather(-1, experts)  # [T, A]
     return routed_scale * chosen / chosen.sum(dim=-1, keepdim=True)
+
+
+def _check_count(experts_per_token: int, scores: torch.Tensor) -> None:
+    if experts_per_token > scores.shape[1]:
+        raise ValueError(f"experts_per_token is {experts_per_token}; expected at most the {scores.shape[1]} experts")

@@ -34,6 +34,21 @@ def sublayer(room, iterations=4):
     return run
 
 
+def two_sublayers(room, iterations=3, written_and_read=True):
+    """Reads, writes and reads the next input with other numbers in the same places, then writes again."""
+
+    def run(streams, y, fn, base, scale, norm_weight):
+        x, post, comb, carried = room.pre(streams, fn, base, scale, norm_weight, NORM_EPS, EPS, iterations)
+        following = -fn, base.flip(0), 0.5 * scale, norm_weight, NORM_EPS, EPS, iterations
+        if written_and_read:
+            read = room.write_read(carried, y, post, comb, *following)
+        else:
+            read = room.pre(room.post(carried, y, post, comb), *following)
+        return x, *read, room.post(read[3], 2 * y, read[1], read[2])
+
+    return run
+
+
 def head(room):
     return lambda streams, fn, base, scale, norm_weight: room.head(streams, fn, base, scale, norm_weight, NORM_EPS, EPS)
 
@@ -166,3 +181,56 @@ def test_what_the_kernels_do_not_take_goes_to_the_portable_path(monkeypatch):
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     logits = torch.randn(2, 9, 9)
     assert torch.equal(kernels.sinkhorn(logits, EPS, 2), portable.sinkhorn(logits, EPS, 2))
+
+
+# Writing and reading at once
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES[1:4])
+def test_writing_and_reading(sizes, dtype):
+    given = inputs(*sizes)
+    check(two_sublayers, dtype, y=torch.randn_like(given["streams"][:, :, 0]), **given)
+
+
+@pytest.mark.parametrize("name", triton_parts.CONFIGS)
+def test_writing_and_reading_has_the_bits_of_one_after_the_other(name, monkeypatch):
+    """Channels of one step of a part, of several, and of parts that are not full."""
+    for module in (kernels, kernels.back):
+        monkeypatch.setattr(module, "CONFIG", triton_parts.CONFIGS[name])
+    for sizes in ((1, 35, 2, 5), (2, 1, 3, 150), (1, 2, 2, 600)):
+        given = inputs(*sizes)
+        streams, y = given.pop("streams").to(DTYPES[-1]), torch.randn(sizes[0], sizes[1], sizes[3], device=DEVICE)
+        _, post, comb, carried = kernels.pre(streams, *given.values(), NORM_EPS, EPS, 2)
+        given = carried, y.to(DTYPES[-1]), post, comb, *given.values()
+        with poisoned():
+            found = kernels.write_read(*given, NORM_EPS, EPS, 2)
+        written = kernels.post(*given[:4])
+        for mine, other in zip(found, kernels.pre(written, *given[4:], NORM_EPS, EPS, 2), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_gradients_of_writing_and_reading_have_the_bits_of_one_after_the_other():
+    given = inputs(1, 3, 3, 20)
+    given = {n: x.to(DTYPES[-1]) if n == "streams" else x for n, x in given.items()}
+    given["y"] = torch.randn_like(given["streams"][:, :, 0])
+    found = evaluate(two_sublayers(kernels), **given)
+    wanted = evaluate(two_sublayers(kernels, written_and_read=False), **given)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_strided_inputs_are_written_and_read():
+    given = inputs(2, 3, 2, 7) | {"y": torch.randn(7, 3, 2, device=DEVICE).transpose(0, 2)}
+    given["streams"] = torch.randn(3, 2, 2, 7, device=DEVICE).transpose(0, 1)
+    check(two_sublayers, torch.float32, **given)
+
+
+def test_what_is_not_served_is_written_and_read_by_portable(monkeypatch):
+    for name in ("_Pre", "_Post", "_PostAhead"):
+        monkeypatch.setattr(getattr(kernels, name), "apply", lambda *_: pytest.fail("a kernel ran"))
+    given = {name: x.double().cpu() for name, x in inputs(1, 3, 4, 5).items()}
+    y = torch.randn(1, 3, 5).double()
+    found, wanted = two_sublayers(kernels)(y=y, **given), two_sublayers(portable)(y=y, **given)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))

@@ -1,0 +1,30 @@
+"""One thing that is timed on a GPU: a kernel at a true shape, its twins, and what it must move and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """``make`` makes inputs and gives what is run on them, again and again.
+
+    kernel: what is called, such as ``mhc.pre``; shape: such as ``flash 4096 tokens``. num_bytes: what must be read and
+    written at least; flops: of multiplications and additions that must be done. twins: the same work by others, made
+    from the same random numbers. mark: the share of what the device can do that it should reach.
+    """
+
+    kernel: str
+    shape: str
+    make: Callable[[], Run]
+    num_bytes: int
+    flops: int = 0
+    twins: dict[str, Callable[[], Run]] = field(default_factory=dict)
+    mark: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}, {self.shape}"
