@@ -77,12 +77,16 @@ def _scores(model: str, picks: int, tokens: int) -> Case:
     def make(backend: Backend) -> Callable[[], object]:
         q, weights = _queries(tokens)
         k = torch.randn(1, entries, CHANNELS, dtype=torch.bfloat16, device=best())
-        leaves = [x.requires_grad_() for x in (q[None], k, weights[None])]
+        q, k, weights = (x.requires_grad_() for x in (q[None], k, weights[None]))
         end = (torch.arange(tokens, device=best()) + 1)[:, None] // RATIO
         place = torch.arange(picks, device=best())
         spread = torch.where(end > picks, place * end // picks, torch.where(place < end, place, -1))[None]
         grad = torch.randn(1, tokens, picks, device=best())
-        return lambda: torch.autograd.grad(index.score(*leaves, spread, backend=backend), leaves, grad)
+
+        def run() -> object:
+            return torch.autograd.grad(index.score(q, k, weights, spread, backend=backend), (q, k, weights), grad)
+
+        return run
 
     picked = int(((torch.arange(tokens) + 1) // RATIO).clamp(max=picks).sum())
     of_q, of_k, of_picks = tokens * HEADS * CHANNELS * BYTES, entries * CHANNELS * BYTES, tokens * picks

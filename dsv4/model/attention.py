@@ -51,19 +51,24 @@ class Compressor(nn.Module):
         blocks = call.rows.blocks[RATIO[self.kind]]
         if blocks.tokens is not None:
             row = torch.arange(x.shape[0], device=x.device)[:, None, None]
-            pooled = compress.pool(
+            return compress.entries(
                 kv[row, blocks.tokens],  # [B, C, m, E]
                 gate[row, blocks.tokens],
                 self.ape,
+                self.norm.weight,
+                *call.entry_rotation[self.kind],
                 overlap=self.overlap,
+                eps=self.eps,
+                dtype=x.dtype,
                 is_first=blocks.is_first,
+                is_index=self.is_index,
+                rounds=call.rounds,
                 backend=call.backend,
             )
-        else:
-            tail = None if state is None else state.tail
-            pooled, tail = compress.compress(kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend)
-            if state is not None:
-                state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
+        tail = None if state is None else state.tail
+        pooled, tail = compress.compress(kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend)
+        if state is not None:
+            state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
         entries = rmsnorm(pooled.to(x.dtype), self.norm.weight, self.eps, backend=call.backend)
         entries = rotate(entries, *call.entry_rotation[self.kind], backend=call.backend)
         if call.rounds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -41,22 +43,21 @@ class Block(nn.Module):
         mix = mhc.Mix(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         first = self._read(streams, mix, self.attn_norm, call)
         y = self.attn(first.x, call, state, record)
+        mix = mhc.Mix(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        if not torch.is_grad_enabled():  # written and read in one pass: nothing of it is to be formed again
+            second = mhc.write_read(first, y, mix, self.ffn_norm.weight, **self._numbers(), backend=call.backend)
+            return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
         middle = mhc.post(first, y, backend=call.backend)
         with recomputed(middle, lambda: mhc.post(first, y, backend=call.backend)):
-            mix = mhc.Mix(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
             second = self._read(middle, mix, self.ffn_norm, call)
             return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
 
     def _read(self, streams: torch.Tensor, mix: mhc.Mix, norm: Norm, call: Call) -> mhc.Reading:
-        return mhc.pre(
-            streams,
-            mix,
-            norm.weight,
-            norm_eps=self.eps,
-            eps=self.hyper.eps,
-            iterations=self.hyper.sinkhorn_iterations,
-            backend=call.backend,
-        )
+        return mhc.pre(streams, mix, norm.weight, **self._numbers(), backend=call.backend)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What reading takes besides tensors."""
+        return {"norm_eps": self.eps, "eps": self.hyper.eps, "iterations": self.hyper.sinkhorn_iterations}
 
 
 def _float32(*shape: int) -> nn.Parameter:

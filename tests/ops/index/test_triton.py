@@ -158,17 +158,25 @@ def test_no_entry_left_out_scores_higher(way, monkeypatch):
         assert (highest <= lowest + sizes * (2**-20 if dtype == torch.float32 else 2**-8)).all()
 
 
-@pytest.mark.parametrize("hidden", [100.0, torch.nan])
-def test_entries_that_a_query_does_not_see_change_nothing(hidden):
-    """Not even by the largest score of their fold: there are eight, of which two are looked at."""
+@pytest.mark.parametrize(("hidden", "sign"), [(100.0, 1), (torch.nan, 1), (100.0, -1)])
+def test_entries_that_a_query_does_not_see_change_nothing(hidden, sign):
+    """Not even by the largest score of their fold: there are eight, of which two are looked at.
+
+    With negative weights, keys that were taken for zero would have the best scores.
+    """
     given, bounds = inputs(1, 2, 160, 1, 1), seen((35, 150), (35, 150))
-    given["q"].abs_(), given["weights"].abs_()
-    wanted = choose(given, bounds, 2)
+    given = {name: value.abs() * (sign if name == "weights" else 1) for name, value in given.items()}
+    given["k"] = given["k"].clamp(min=0.1)
+    given["k"][0, [40, 60]], given["k"][0, [70, 90]] = 0.05, 50.0
+    wanted = check(given, bounds, 2)
+    assert wanted[0, 0].tolist() == ([70, 90] if sign > 0 else [40, 60])
     given["k"][:, :35], given["k"][:, 150:] = hidden, hidden
     assert choose(given, bounds, 2).equal(wanted)
 
 
-def test_more_scores_than_are_held(monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_more_scores_than_are_held(way, monkeypatch):
+    go(way, monkeypatch)
     given, bounds = inputs(1, 5, 40, 3, 8, make=small_integers), intervals(1, 5, 40)
     wanted = check(given, bounds, 4)
     for held in (1, 64 * 3 + 1):
