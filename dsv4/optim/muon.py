@@ -15,9 +15,12 @@ from typing import NamedTuple
 
 import torch
 
+from dsv4.device import is_accelerator
+from dsv4.ops.backend import resolve
 from dsv4.ops.orthogonalize import HYBRID, Steps, orthogonalize
 
 ELEMENTS_AT_ONCE = 1 << 24  # of matrices orthogonalised together: 64 MiB in float32, of which about five are held
+MOST_AT_ONCE = 1 << 28  # on an accelerator, which has more to do at a time
 
 
 class Stack(NamedTuple):
@@ -42,7 +45,7 @@ def step_(
     """Take one step; overwrites weights and momenta. dtype: of the products inside the orthogonalisation."""
     for batch in _batches(stacks):
         ahead = torch.cat([_look_ahead_(stack, momentum) for stack in batch])  # [number, rows, columns]
-        directions = orthogonalize(ahead, dtype=dtype, steps=steps)
+        directions = orthogonalize(ahead, dtype=dtype, steps=steps, backend=resolve("auto", ahead.device))
         scale = update_rms * max(ahead.shape[1:]) ** 0.5
         parts = directions.split([len(stack.weight) for stack in batch])
         for stack, direction in zip(batch, parts, strict=True):
@@ -55,12 +58,13 @@ def _look_ahead_(stack: Stack, momentum: float) -> torch.Tensor:
 
 
 def _batches(stacks: Iterable[Stack]) -> Iterator[list[Stack]]:
-    """Join stacks of equal matrices, and cut where a batch would exceed ELEMENTS_AT_ONCE."""
+    """Join stacks of equal matrices, and cut where a batch would be too large."""
     by_shape: dict[torch.Size, list[Stack]] = {}
     for stack in stacks:
         by_shape.setdefault(stack.weight.shape[1:], []).append(stack)
     for shape, alike in by_shape.items():
-        limit = max(1, ELEMENTS_AT_ONCE // shape.numel())
+        at_once = MOST_AT_ONCE if is_accelerator(alike[0].weight.device) else ELEMENTS_AT_ONCE
+        limit = max(1, at_once // shape.numel())
         batch: list[Stack] = []
         room = limit
         for stack in alike:
