@@ -40,13 +40,13 @@ def main(only: tuple[str, ...] = ROOMS, results: Path = RESULTS / "gpu_compiled.
     """
     if unknown := sorted(set(only) - set(ROOMS)):
         sys.exit(f"--only has {', '.join(unknown)}; expected rooms among {', '.join(ROOMS)}")
-    kernels: dict[tuple[str, ...], dict[str, Any]] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     with compiling() as made:
         for case in cases(only):
             for name, kernel in built(case, made):
-                found = {"case": case.name, "kernel": name, **usage(kernel)}
-                if kernels.setdefault((name, kernel.hash), found) is found:
-                    console.print(line(found))
+                if kernel.hash not in kernels:
+                    kernels[kernel.hash] = {"case": case.name, "kernel": name, **usage(kernel)}
+                    console.print(line(kernels[kernel.hash]))
     found = list(kernels.values())
     save(results, {
         "command": "python -m bench.gpu.compiled", "target": "sm_90", "date": datetime.now(UTC).date().isoformat(),

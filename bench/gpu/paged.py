@@ -88,12 +88,13 @@ def _make(
 ) -> Callable[[], object]:
     ratio, tokens = RATIOS[kind], sum(count for _, count in sequences)
     each = PAGE_TOKENS // ratio if ratio else 1
-    places = _places(sequences, each * row_bytes(row_format, CHANNELS, ROTARY))
+    page_bytes = each * row_bytes(row_format, CHANNELS, ROTARY)
+    places = _places(sequences, page_bytes)
     q, kv = _random(tokens, heads, CHANNELS), _random(tokens, CHANNELS)
     ring = _stored(row_format, len(sequences), RING)
     pages, picked = None, None
     if ratio:
-        pages = _stored(row_format, int(places.table.max()) + 1, each)
+        pages = _stored(row_format, _pages(sequences, page_bytes)[1], each)
     if kind == "csa":
         place, end = torch.arange(picks, device=q.device), (places.position + 1)[:, None] // ratio
         spread = torch.where(end > picks, place * end // picks, torch.where(place < end, place, -1))
@@ -140,13 +141,18 @@ def _places(sequences: list[tuple[int, int]], page_bytes: int) -> Places:
         first += [len(slot)] * count
         slot += [own] * count
         position += range(begin, begin + count)
-    width = -(-(max(position) + 1) // PAGE_TOKENS)
-    pool = min(len(sequences) * width, POOL_BYTES // page_bytes)
-    pages = torch.randperm(max(pool, width))
+    width, num_pages = _pages(sequences, page_bytes)
+    pages = torch.randperm(num_pages)
     table = torch.cat([pages] * (len(sequences) * width // len(pages) + 1))[: len(sequences) * width]
     table = table.int().view(len(sequences), width).to(best())
     slots, positions, firsts = (torch.tensor(x, dtype=torch.int32, device=best()) for x in (slot, position, first))
     return Places(slots, positions, firsts, table, {})
+
+
+def _pages(sequences: list[tuple[int, int]], page_bytes: int) -> tuple[int, int]:
+    """Pages of a sequence, and how many there are: at least one sequence's, and no more than fit in the pool."""
+    width = -(-max(begin + count for begin, count in sequences) // PAGE_TOKENS)
+    return width, max(width, min(len(sequences) * width, POOL_BYTES // page_bytes))
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import get_args
 
 import torch
 
+from dsv4.device import is_accelerator
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.rows import native, portable, reference
 from dsv4.ops.rows.formats import RowFormat, index_places, index_row_bytes, row_bytes
@@ -122,7 +123,7 @@ def _check_values(x: torch.Tensor, row_format: str) -> None:
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x has shape []; expected [..., channels]")
-    if row_format == "packed" and bool(x.isnan().any()):
+    if row_format == "packed" and not is_accelerator(x.device) and bool(x.isnan().any()):  # to look would wait for it
         raise ValueError(f"x holds {int(x.isnan().sum())} NaN; expected numbers in a packed row")
 
 
