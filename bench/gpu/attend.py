@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import ATTENTION, ATTENTION_BACKWARD, Case
 from dsv4.device import best
 from dsv4.ops.attend import Entries, attend
 from dsv4.ops.backend import Backend
@@ -56,7 +56,7 @@ def _case(model: str, kind: str, num_tokens: int, backward: bool) -> Case:
         num_bytes=num_bytes,
         flops=flops,
         twins={"portable": maker("portable")},
-        mark=0.4 if backward else 0.5,
+        mark=ATTENTION_BACKWARD if backward else ATTENTION,
     )
 
 

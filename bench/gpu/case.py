@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 Run = Callable[[], object]
 
+BANDWIDTH = 0.75  # of the speed of copies: what mHC, compression and casts should reach on one H200
+ATTENTION, ATTENTION_BACKWARD = 0.45, 0.3  # of the rate of bfloat16 products
+EXPERTS = 0.6  # of the same, from 4096 tokens
+INDEX = 0.5  # of its bound: within twice
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

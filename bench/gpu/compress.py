@@ -9,11 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, Case
 from dsv4.device import best
 from dsv4.ops.compress import portable, triton
 
-MARK = 0.7  # of the memory's speed
 KINDS = {"hca": (128, 512, False), "csa": (4, 512, True), "indexer": (4, 128, True)}  # ratio, channels, overlap
 TOKENS = (4096, 65536)
 
@@ -34,7 +33,7 @@ def _case(name: str, tokens: int, has_gradients: bool) -> Case:
         kernel=f"compress.{operation}" + (" with gradients" if has_gradients else ""),
         shape=f"flash and pro {name} {tokens} tokens",
         num_bytes=3 * given + 2 * entries if has_gradients else given + entries,
-        mark=MARK,
+        mark=BANDWIDTH,
         make=_maker(getattr(triton, operation), name, tokens, has_gradients),
         twins={"portable": _maker(getattr(portable, operation), name, tokens, has_gradients)},
     )

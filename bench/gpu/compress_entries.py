@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, Case
 from dsv4.device import best
 from dsv4.ops.backend import Backend
 from dsv4.ops.compress import entries, pool
@@ -17,7 +17,6 @@ from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate
 
-MARK = 0.7  # of the memory's speed
 ROTARY, EPS = 64, 1e-6
 KINDS = {"hca": (128, 512, False), "csa": (4, 512, True), "indexer": (4, 128, True)}  # ratio, channels, overlap
 TOKENS = (4096, 65536)
@@ -42,7 +41,7 @@ def _case(name: str, tokens: int, has_gradients: bool) -> Case:
         kernel="compress.entries" + (" with gradients" if has_gradients else ""),
         shape=f"flash and pro {name} {tokens} tokens",
         num_bytes=3 * given + 2 * made if has_gradients else given + made,
-        mark=MARK,
+        mark=BANDWIDTH,
         make=maker("unproved"),
         twins={"portable": maker("portable"), "one by one": maker("unproved", at_once=False)},
     )

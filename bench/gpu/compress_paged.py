@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, Case
 from dsv4.device import best
 from dsv4.ops.backend import Backend
 from dsv4.ops.compress.paged import compress_paged_
@@ -22,7 +22,6 @@ STEPS = {
     "256 sequences that close a block": [(slot, 1023, 1, 0) for slot in range(256)],
     "4096 tokens": [(0, 0, 4096, 0)],
 }
-MARK = 0.5  # of the memory's speed
 
 
 def cases() -> list[Case]:
@@ -48,7 +47,7 @@ def _case(kind: str, step: str) -> Case:
         make=maker("unproved"),
         num_bytes=2 * 4 * read * channels + entries * row,
         twins={"portable": maker("portable")},
-        mark=MARK if tokens == 4096 else None,
+        mark=BANDWIDTH if tokens == 4096 else None,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, EXPERTS, Case
 from dsv4.device import best
 from dsv4.ops.backend import Backend
 from dsv4.ops.experts import experts, experts_with_shared, swiglu
@@ -59,7 +59,7 @@ def _case(model: str, tokens: int, form: str, *, backward: bool = False) -> Case
         num_bytes=num_bytes,
         flops=flops,
         twins={"portable": maker("portable")},
-        mark=0.5,
+        mark=EXPERTS if tokens >= 4096 else None,
     )
 
 
@@ -122,5 +122,5 @@ def _swiglu(model: str, backward: bool) -> Case:
         make=maker("unproved"),
         num_bytes=tokens * F * 2 * (8 if backward else 3),
         twins={"portable": maker("portable")},
-        mark=0.7,
+        mark=BANDWIDTH,
     )

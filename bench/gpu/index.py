@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import INDEX, Case
 from dsv4.device import best
 from dsv4.ops import index
 from dsv4.ops.backend import Backend
@@ -105,7 +105,7 @@ def _case(
         num_bytes=num_bytes,
         flops=flops,
         twins={"portable": lambda: make("portable")} if has_twin else {},
-        mark=0.5,
+        mark=INDEX,
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, Case
 from dsv4.device import best
 from dsv4.ops.hadamard import portable as hadamard_portable
 from dsv4.ops.hadamard import triton as hadamard
 from dsv4.ops.lowbit import Packed, portable, triton
 
-MARK = 0.7  # of the memory's speed
 HIDDEN = {"flash": 4096, "pro": 7168}
 EXPERT = {"flash": (2048, 4096), "pro": (3072, 7168)}  # one matrix of an expert
 TOKENS = (64, 4096)
@@ -56,7 +55,7 @@ def _index_rows() -> list[Case]:
                 shape=shape,
                 num_bytes=num_bytes,
                 flops=flops,
-                mark=MARK,
+                mark=BANDWIDTH,
                 make=_maker(lambda x: hadamard.hadamard(x), given),
                 twins={"portable": _maker(lambda x: hadamard_portable.hadamard(x), given)},
             )
@@ -86,7 +85,7 @@ def _weights() -> list[Case]:
 def _case(kernel: str, shape: str, given, num_bytes: int, run: Callable, flops: int = 0) -> Case:
     """A case whose twin is ``portable``, called alike with what ``given`` has the shapes of."""
     return Case(
-        kernel=kernel, shape=shape, num_bytes=num_bytes, flops=flops, mark=MARK,
+        kernel=kernel, shape=shape, num_bytes=num_bytes, flops=flops, mark=BANDWIDTH,
         make=_maker(lambda *tensors: run(triton, *tensors), given),
         twins={"portable": _maker(lambda *tensors: run(portable, *tensors), given)},
     )  # fmt: skip
@@ -113,6 +112,6 @@ def _reading(kind, shape: str, given, num_bytes: int) -> Case:
         return make
 
     return Case(
-        kernel="lowbit.dequantise", shape=f"{shape}, {kind}", num_bytes=num_bytes, mark=MARK,
+        kernel="lowbit.dequantise", shape=f"{shape}, {kind}", num_bytes=num_bytes, mark=BANDWIDTH,
         make=maker(triton), twins={"portable": maker(portable)},
     )  # fmt: skip

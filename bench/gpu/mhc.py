@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import BANDWIDTH, Case
 from dsv4.device import best
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend
@@ -34,16 +34,16 @@ def _of_shape(shape: str, D: int, tokens: int) -> list[Case]:
     of_streams, of_x = tokens * N * D * 2, tokens * D * 2
     of_fn, products = ROWS * N * D * 4, 2 * tokens * N * D * ROWS
     cases = [
-        _case("mhc.pre", shape, _read, D, tokens, of_streams + of_x + of_fn, products, 0.5),
-        _case("mhc.post", shape, _write, D, tokens, 2 * of_streams + of_x, 2 * tokens * N * (N + 1) * D, 0.7),
-        _case("mhc.write_read", shape, _write_read, D, tokens, 3 * of_streams + 2 * of_x + of_fn, products, 0.5),
-        _case("mhc.head", shape, _head, D, tokens, of_streams + of_x + of_fn // (2 + N), products // (2 + N), 0.5),
+        _case("mhc.pre", shape, _read, D, tokens, of_streams + of_x + of_fn, products),
+        _case("mhc.post", shape, _write, D, tokens, 2 * of_streams + of_x, 2 * tokens * N * (N + 1) * D),
+        _case("mhc.write_read", shape, _write_read, D, tokens, 3 * of_streams + 2 * of_x + of_fn, products),
+        _case("mhc.head", shape, _head, D, tokens, of_streams + of_x + of_fn // (2 + N), products // (2 + N)),
     ]
     if tokens == TOKENS:
         # Forward as above; backward of writing: streams, their gradient and y in, gradients of both out; of reading:
         # streams, what the streams' own gradient is so far and x's in, the gradient out.
         num_bytes = 3 * of_streams + 2 * of_x + 3 * of_streams + 2 * of_x + 3 * of_streams + of_x + 3 * of_fn
-        cases.append(_case("mhc sub-layer and backward", shape, _sublayer, D, tokens, num_bytes, 3 * products, 0.4))
+        cases.append(_case("mhc sub-layer and backward", shape, _sublayer, D, tokens, num_bytes, 3 * products))
     return cases
 
 
@@ -55,7 +55,6 @@ def _case(
     tokens: int,
     num_bytes: int,
     flops: int,
-    mark: float,
 ) -> Case:
     return Case(
         kernel=kernel,
@@ -67,7 +66,7 @@ def _case(
             "portable": lambda: make("portable", D, tokens),
             "compiled": lambda: torch.compile(make("reference", D, tokens)),
         },
-        mark=mark if tokens == TOKENS else None,
+        mark=BANDWIDTH if tokens == TOKENS else None,
     )
 
 
