@@ -69,17 +69,12 @@ def change_blocks(ratio, edit):
     return change_call(edit_call)
 
 
-def change_writing(edit):
-    """Replace how a sub-layer's output is written back, by itself and with the next one's reading."""
-    return all_of(change("dsv4.ops.mhc.post", edit), change("dsv4.ops.mhc.write_read", edit))
+def transposed(post, reading, y, **kwargs):
+    return post(reading._replace(comb=reading.comb.transpose(2, 3)), y, **kwargs)
 
 
-def transposed(write, reading, *args, **kwargs):
-    return write(reading._replace(comb=reading.comb.transpose(2, 3)), *args, **kwargs)
-
-
-def halved(write, reading, *args, **kwargs):
-    return write(reading._replace(post=reading.post / 2), *args, **kwargs)
+def halved(post, reading, y, **kwargs):
+    return post(reading._replace(post=reading.post / 2), y, **kwargs)
 
 
 def half_split(rotate, x, cos, sin, *args, **kwargs):
@@ -210,8 +205,8 @@ def collapsed(join, block, streams, *args):
 
 
 MISTAKES = {
-    "mix_not_transposed": Mistake(change_writing(transposed), 0, 1.5),
-    "post_without_its_factor_2": Mistake(change_writing(halved), 0, 2.0),
+    "mix_not_transposed": Mistake(change("dsv4.ops.mhc.post", transposed), 0, 1.5),
+    "post_without_its_factor_2": Mistake(change("dsv4.ops.mhc.post", halved), 0, 2.0),
     "sinkhorn_with_3_iterations": Mistake(change("dsv4.ops.mhc.pre", three_rounds), 0, 0.5),
     "sinkhorn_ending_on_rows": Mistake(change("dsv4.ops.mhc.pre", ending_on_rows), 0, 0.3),
     "rope_pairs_half_split": Mistake(every_rotation(half_split), 1, 3.0),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.mhc import native, portable, reference
 from dsv4.ops.shapes import Shapes
 
@@ -103,15 +103,12 @@ def write_read(
     shapes.check("reading.post", reading.post, "B T N")
     shapes.check("reading.comb", reading.comb, "B T N N")
     _check_mix(shapes, mix, norm_weight, N, D, iterations)
-    chosen = pick(
-        backend,
-        reference=reference.write_read,
-        portable=portable.write_read,
-        native=native.write_read,
-        triton="mhc.triton:write_read",
-    )
+    numbers = {"norm_eps": norm_eps, "eps": eps, "iterations": iterations}
+    kernel = triton_kernel(backend, "mhc.triton:write_read")
+    if kernel is None:
+        return pre(post(reading, y, backend=backend), mix, norm_weight, **numbers, backend=backend)
     given = (reading.streams, y, reading.post, reading.comb, mix.fn, mix.base, mix.scale, norm_weight)
-    return Reading(*chosen(*given, norm_eps, eps, iterations))
+    return Reading(*kernel(*given, **numbers))
 
 
 def head(

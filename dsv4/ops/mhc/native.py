@@ -52,24 +52,6 @@ def post(streams: torch.Tensor, y: torch.Tensor, post_weights: torch.Tensor, com
     return mixed.view(streams.shape)
 
 
-def write_read(
-    streams: torch.Tensor,
-    y: torch.Tensor,
-    post_weights: torch.Tensor,
-    comb: torch.Tensor,
-    fn: torch.Tensor,
-    base: torch.Tensor,
-    scale: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_eps: float,
-    eps: float,
-    iterations: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``dsv4.ops.mhc.write_read``."""
-    written = post(streams, y, post_weights, comb)
-    return pre(written, fn, base, scale, norm_weight, norm_eps, eps, iterations)
-
-
 def head(
     streams: torch.Tensor,
     fn: torch.Tensor,

@@ -40,7 +40,7 @@ def two_sublayers(room, iterations=3, written_and_read=True):
     def run(streams, y, fn, base, scale, norm_weight):
         x, post, comb, carried = room.pre(streams, fn, base, scale, norm_weight, NORM_EPS, EPS, iterations)
         following = -fn, base.flip(0), 0.5 * scale, norm_weight, NORM_EPS, EPS, iterations
-        if written_and_read:
+        if written_and_read and room is kernels:  # for others it is the one after the other
             read = room.write_read(carried, y, post, comb, *following)
         else:
             read = room.pre(room.post(carried, y, post, comb), *following)
