@@ -80,11 +80,12 @@ class _Attend(torch.autograd.Function):
         seen = Seen(ctx.kind, *tensors)
         log_sink = sink.float() * LOG2_E
         given = (q, kv, values, seen, ctx.window, ctx.scale, log_total)
-        grad_q, delta = query_gradient(*given, out, grad_out.contiguous())
-        grad_kv, grad_values = key_gradients(*given, delta, grad_out.contiguous())
+        grad_out = grad_out.contiguous()
+        grad_q, delta, grad_values = query_gradient(*given, out, grad_out)
+        grad_kv = key_gradients(*given, delta, grad_out, grad_values)
         # A few numbers per query: the sink takes part in the denominator alone.
         grad_sink = -(torch.exp2(log_sink - log_total) * delta).sum(dim=(0, 1))  # [H]
-        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values, *([None] * 5)
+        return grad_q, grad_kv, grad_sink.to(sink.dtype), None, grad_values.to(values.dtype), *([None] * 5)
 
 
 def _launch_forward(
@@ -121,8 +122,8 @@ def _launch_forward(
         BLOCK_H=block_heads,
         BLOCK_K=max(16, triton.next_power_of_2(K)),
         BLOCK_N=config.keys,
+        STAGES=config.stages,
         num_warps=config.warps,
-        num_stages=config.stages,
     )
 
 
@@ -150,6 +151,7 @@ def _forward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One query and a block of heads. Past 60 lines, since loads and the order of sums are one thought."""
     query = tl.program_id(0).to(tl.int64)  # of all B * T
@@ -169,42 +171,53 @@ def _forward(
 
     own = S - T + t
     first = tl.maximum(tl.maximum(tl.load(raw_begin_ptr + query), own - window + 1), 0)
-    for start in range(first, own + 1, BLOCK_N):
+    for start in tl.range(first, own + 1, BLOCK_N, num_stages=STAGES):
         raw = start + place
         is_seen = raw <= own
         keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel[None, :]
         keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)  # [n, k]
-        acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+        acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
     if KIND == "interval":
         first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
         end = tl.minimum(tl.load(end_ptr + query), C)
-        for start in range(first_entry, end, BLOCK_N):
+        for start in tl.range(first_entry, end, BLOCK_N, num_stages=STAGES):
             entry = start + place
             is_seen = entry < end
             keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
             keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
     if KIND == "picked":
-        for start in range(0, P, BLOCK_N):
+        for start in tl.range(0, P, BLOCK_N, num_stages=STAGES):
             pick = start + place
             entry = tl.load(picked_ptr + query * P + pick, mask=pick < P, other=-1)
             is_seen = entry >= 0
             keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
             keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale)
+            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
 
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_q)
     tl.store(log_total_ptr + query * H + head, peak + tl.log2(total), mask=head < H)
 
 
 @triton.jit
-def _meet(q, keys, is_seen, acc, peak, total, log2_scale):
-    """Take a tile of keys into the running softmax: acc [h, k] and total [h] are relative to exp2(peak)."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [h, n]
-    scores = tl.where(is_seen[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    shrink = tl.exp2(peak - new_peak)
-    weights = tl.exp2(scores - new_peak[:, None])
-    total = total * shrink + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(keys.dtype), keys, acc * shrink[:, None], input_precision="ieee")
-    return acc, new_peak, total
+def _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S):
+    """Take a tile of keys into the running softmax: acc [h, k] and total [h] are relative to exp2(peak).
+
+    Both conditions always hold, and are there for the compiler. What depends on the first it puts after the request for
+    the next tile, which then arrives beside the products. And through the second it does not see that one product feeds
+    another: for that, it would form the first twice, by each half of the warps.
+    """
+    if T > 0:
+        shares = tl.zeros((q.shape[0], keys.shape[0]), dtype=keys.dtype)
+        shrink = tl.zeros_like(peak)
+        if S > 0:
+            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [h, n]
+            scores = tl.where(is_seen[None, :], scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+            shrink = tl.exp2(peak - new_peak)
+            weights = tl.exp2(scores - new_peak[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            peak = new_peak
+            shares = weights.to(keys.dtype)
+        acc = tl.dot(shares, keys, acc * shrink[:, None], input_precision="ieee")
+    return acc, peak, total

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from dsv4.ops.attend.triton_keys import add_picked_
+from dsv4.ops.attend.triton_picked import add_picked_
 from dsv4.ops.index.triton_scores import EXACT, Config, load_query, score_tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,7 +74,7 @@ class _Score(torch.autograd.Function):
                     parts = grad_k.new_empty(*now.shape, q.shape[3])
                     tensors = (q, k, weights, picked, *grads, parts)
                     _launch(_gradients, tensors, row * T + first, len(now), GRADIENT_CONFIGS)
-                    add_picked_(grad_k[row], parts, now)
+                    add_picked_(grad_k[row], parts[:, :, None], now)
         return grad_q, grad_k.to(k.dtype), grad_weights, None
 
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4.ops.attend.triton_keys import add_picked_
+from dsv4.ops.attend.triton_picked import add_picked_
 
 if TYPE_CHECKING:
     from dsv4.ops.attend import Entries
@@ -108,7 +108,7 @@ class Student:
         blocks = triton.cdiv(self.seen.columns, config.entries)
         _key_gradient[(groups * blocks,)](*given, parts, *numbers, count, blocks, QUERIES=QUERIES, **sizes)
         if self.seen.kind == "picked":
-            add_picked_(self.grad_k[row], parts, self.seen.picked[row, first : first + count])
+            add_picked_(self.grad_k[row], parts[:, :, None], self.seen.picked[row, first : first + count])
         else:  # torch's own sum, in an order that the shape decides
             self.grad_k[row].add_(parts.sum(dim=0))
 
