@@ -1,6 +1,6 @@
 """Low precision in one pass each: what is read once is scaled, coded and, to be rounded, decoded in registers.
 
-Codes are made by integer arithmetic on the bits of float32, so that they hang on no device's own 8-bit casts; bfloat16
+Codes are made by arithmetic of float32 and its bits, so that they hang on no device's own 8-bit casts; bfloat16
 goes in and out as the upper half of those bits. A program takes neighbouring groups of rows, or one block of 128 x 128.
 """
 
@@ -23,13 +23,12 @@ from dsv4.ops.lowbit.triton_codes import (
     code_of,
     factor_of,
     group_scales,
+    most_of,
     nearest_code,
     nearest_value,
     number_of,
     raw_bits,
     scale_of,
-    sign_of,
-    size_of,
     value_of,
 )
 
@@ -260,7 +259,7 @@ def _block_places(rows, columns, down, right, SIDE: tl.constexpr):
 
 @triton.jit
 def _block_most(bits):
-    return tl.minimum(tl.max(tl.max(size_of(bits), axis=1), axis=0), _MOST)
+    return tl.minimum(tl.max(most_of(bits, 1), axis=0), _MOST)
 
 
 @triton.jit
@@ -274,7 +273,7 @@ def _encode_blocks_kernel(w, codes, scales, rows, columns, down, right, SIDE: tl
         tl.store(scales + tl.program_id(0), scale.to(tl.uint8))
     else:  # quotients round to float32, as nearest as can be
         factor = tl.div_rn(number_of(tl.maximum(most, _FLOOR)), 448.0)
-        code = nearest_code(tl.div_rn(number_of(bits), factor), False) | sign_of(bits, False)
+        code = nearest_code(tl.div_rn(number_of(bits), factor), bits, False)
         tl.store(scales + tl.program_id(0), factor)
     tl.store(codes + at, code.to(tl.uint8), mask=is_in)
 

@@ -1,6 +1,6 @@
 """Numbers as their bits: float32 and bfloat16, and codes of E4M3, E2M1 and E8M0, in the registers of a kernel.
 
-Integer arithmetic throughout, so that nothing hangs on a device's own 8-bit casts. bfloat16 goes in and out as the
+Arithmetic of float32 and integers, so that nothing hangs on a device's own 8-bit casts. bfloat16 goes in and out as the
 upper half of float32's bits, held in int16.
 """
 
@@ -16,6 +16,9 @@ _ABS = tl.constexpr(0x7FFFFFFF)
 _INF = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _MOST = tl.constexpr(0x7F7FFFFF)  # the largest float32
+_E4M3 = tl.constexpr(
+    0x87F00000 - (1 << 32)
+)  # sign, the four lower bits of the exponent, the three upper of the mantissa
 
 
 def raw_bits(x: torch.Tensor) -> torch.Tensor:
@@ -59,13 +62,6 @@ def cast_exact(y, dtype: tl.constexpr):
 
 
 @triton.jit
-def size_of(bits):
-    """The bits of the size of a number for the scale of its group: 0 of NaN."""
-    size = bits & _ABS
-    return tl.where(size > _INF, 0, size)
-
-
-@triton.jit
 def scale_of(most, IS_FP4: tl.constexpr):
     """The E8M0 scale of a group by the bits of its largest size: exponents less, and one more if the mantissa is above.
 
@@ -79,61 +75,64 @@ def scale_of(most, IS_FP4: tl.constexpr):
 @triton.jit
 def code_of(bits, scale, IS_FP4: tl.constexpr):
     """The code, with its sign, of the number of these bits over its E8M0 scale: exact, for it is a power of two."""
-    return nearest_code(number_of(bits) * factor_of(254 - scale), IS_FP4) | sign_of(bits, IS_FP4)
+    return nearest_code(number_of(bits) * factor_of(254 - scale), bits, IS_FP4)
 
 
 @triton.jit
-def nearest_code(y, IS_FP4: tl.constexpr):
-    """The code of the size of y float32, rounded to nearest, ties to even; of an infinite one, the largest.
+def nearest_code(y, bits, IS_FP4: tl.constexpr):
+    """The code of y float32, rounded to nearest, ties to even; of an infinite one, the largest. The sign is in bits.
 
-    Code and float32 differ in the bias of exponents and in bits of the mantissa, all but 3 or 1 of which are rounded
-    off. What is smaller than the code's least normal number rounds when it is added to a number whose last bit is worth
-    the code's last.
+    Steps and code number alike: a step is the last digit of the code, and its exponent goes on where the mantissa ends.
     """
+    size, step = _size_and_step(y, IS_FP4)
     dropped: tl.constexpr = 22 if IS_FP4 else 20
-    bias: tl.constexpr = 252 if IS_FP4 else 960  # of exponents, where the code has them
-    least: tl.constexpr = 0x3F800000 if IS_FP4 else 0x3C800000  # 1, or 2^-6
-    size = y.to(tl.int32, bitcast=True) & _ABS
-    rounded = (size + ((1 << (dropped - 1)) - 1) + (size >> dropped & 1) >> dropped) - bias
-    large: tl.constexpr = 4194304.0 if IS_FP4 else 16384.0  # 2^22, or 2^14
-    small = (number_of(size) + large).to(tl.int32, bitcast=True) & 15
-    code = tl.where(size < least, small, rounded)
-    if IS_FP4:  # has no NaN: 0, and the scale says so
-        return tl.where(size >= _INF, tl.where(size > _INF, 0, 7), code)
+    least: tl.constexpr = 298 if IS_FP4 else 1128  # of the first step's exponent, where the code has it
+    step_bits = step.to(tl.int32, bitcast=True)
+    code = (size + step).to(tl.int32, bitcast=True) - step_bits + (step_bits >> dropped) - least
+    if IS_FP4:
+        return code | (bits >> 28) & 8
     else:
-        return tl.where(size >= _INF, tl.where(size > _INF, 127, 126), code)
+        return tl.where(y != y, 127, code) | (bits >> 24) & 128
 
 
 @triton.jit
 def nearest_value(bits, scale, IS_FP4: tl.constexpr):
     """What ``value_of`` makes of ``code_of``, without the code: the number over its scale, rounded."""
-    dropped: tl.constexpr = 22 if IS_FP4 else 20
-    least: tl.constexpr = 0x3F800000 if IS_FP4 else 0x3C800000
-    large: tl.constexpr = 4194304.0 if IS_FP4 else 16384.0
-    size = (number_of(bits) * factor_of(254 - scale)).to(tl.int32, bitcast=True) & _ABS
-    rounded = size + ((1 << (dropped - 1)) - 1) + (size >> dropped & 1) >> dropped << dropped
-    small = number_of(size) + large - large
-    value = tl.minimum(tl.where(size < least, small, number_of(rounded)), 6.0 if IS_FP4 else 448.0)
+    y = number_of(bits) * factor_of(254 - scale)
+    size, step = _size_and_step(y, IS_FP4)
+    value = size + step - step
     if not IS_FP4:  # a group of E2M1 with a NaN has it in its scale
-        value = tl.where(size > _INF, float("nan"), value)
+        value = tl.where(y != y, float("nan"), value)
     return number_of(value.to(tl.int32, bitcast=True) | bits & -2147483648)
 
 
 @triton.jit
-def sign_of(bits, IS_FP4: tl.constexpr):
-    """The sign of a number of these bits, where a code has it."""
-    return tl.where(bits < 0, 8 if IS_FP4 else 128, 0)
+def _size_and_step(y, IS_FP4: tl.constexpr):
+    """The size of y float32, at most the code's largest, and 2^23 times the distance of codes there.
+
+    To add the second rounds the first to the codes, ties to even, since it has no more digits; and the distance does
+    not shrink below the least normal number. The size of what is no number is 0 in E2M1, and else whatever.
+    """
+    up: tl.constexpr = 22 if IS_FP4 else 20  # digits that the mantissa of the code has less
+    least: tl.constexpr = 0x4A800000 if IS_FP4 else 0x46800000  # 2^22, or 2^14
+    size = tl.abs(y)
+    size = tl.minimum(tl.maximum(size, 0.0), 6.0) if IS_FP4 else tl.minimum(size, 448.0)
+    exponent = size.to(tl.int32, bitcast=True) & 0x7F800000
+    return size, number_of(tl.maximum(exponent + (up << 23), least))
 
 
 @triton.jit
 def value_of(code, IS_FP4: tl.constexpr):
-    """The value of a code with its sign, float32: its bits as those of a float32, which has another bias."""
-    size = code & (7 if IS_FP4 else 127)
-    value = number_of(size << (22 if IS_FP4 else 20)) * (2.0**126 if IS_FP4 else 2.0**120)
-    bits = value.to(tl.int32, bitcast=True)
-    if not IS_FP4:
-        bits = tl.where(size == 127, _NAN, bits)
-    return number_of(bits | (code & (8 if IS_FP4 else 128)) << (28 if IS_FP4 else 24))
+    """The value of a code with its sign, float32.
+
+    With the bits of a code where float32 has sign, exponent and mantissa, it is the value over the difference in bias,
+    normal or not; in E4M3 only what would be 480 is no number.
+    """
+    if IS_FP4:
+        return number_of(code << 22 & 7 << 22 | code << 28 & -2147483648) * (2.0**126)
+    else:
+        value = number_of((code << 24 >> 4) & _E4M3) * (2.0**120)
+        return tl.where(tl.abs(value) == 480.0, float("nan"), value)
 
 
 @triton.jit
@@ -146,8 +145,15 @@ def factor_of(scale):
 @triton.jit
 def group_scales(bits, IS_FP4: tl.constexpr):
     """The scales of groups [G, WIDTH], [G]: of those with a NaN, 255 in E2M1, to be stored; and one to divide by."""
-    scale = scale_of(tl.max(size_of(bits), axis=1), IS_FP4)
+    scale = scale_of(most_of(bits, 1), IS_FP4)
     stored = scale
     if IS_FP4:
         stored = tl.where(tl.max(bits & _ABS, axis=1) > _INF, 255, scale)
     return scale, stored
+
+
+@triton.jit
+def most_of(bits, axis: tl.constexpr):
+    """The bits of the largest size along an axis; NaN is none."""
+    most = tl.maximum(tl.max(tl.abs(number_of(bits)), axis=axis), 0.0)  # a maximum with NaN is the other
+    return most.to(tl.int32, bitcast=True)

@@ -24,10 +24,6 @@ _INDEX_GROUP = tl.constexpr(INDEX_GROUP)
 _UNIT = tl.constexpr(UNIT)
 _ABS = tl.constexpr(0x7FFFFFFF)
 _INF = tl.constexpr(0x7F800000)
-_CODE = tl.constexpr(
-    0x87F00000 - (1 << 32)
-)  # sign, the four lower bits of the exponent, the three upper of the mantissa
-_CODE_UNIT = tl.constexpr(2.0**120)
 
 
 # Rows
@@ -77,18 +73,7 @@ def _coded(rows, is_row, scales, FIRST: tl.constexpr, WIDTH: tl.constexpr, K: tl
         scale = (scales >> (8 * group)).to(tl.int32) & 255
     else:
         scale = tl.load(rows + (K + R + group), mask=is_row, other=0).to(tl.int32)
-    return e4m3_value(code) * factor_of(scale)[:, None]
-
-
-@triton.jit
-def e4m3_value(code):
-    """The value of an E4M3 code, uint8, as ``value_of`` has it, in fewer operations.
-
-    With the bits of a code where float32 has sign, exponent and mantissa, it is the value over 2^120, if it is normal
-    or not; only what would be 480 is no number.
-    """
-    value = number_of((code.to(tl.int32) << 24 >> 4) & _CODE) * _CODE_UNIT
-    return tl.where(tl.abs(value) == 480.0, float("nan"), value)
+    return value_of(code.to(tl.int32), False) * factor_of(scale)[:, None]
 
 
 @triton.jit
