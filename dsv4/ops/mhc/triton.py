@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv4.ops.mhc import portable
 from dsv4.ops.mhc import triton_backward as back
-from dsv4.ops.mhc.triton_parts import CONFIG, doubly_stochastic, scaled, sum_of_streams, warps
+from dsv4.ops.mhc.triton_parts import Tiles, doubly_stochastic, scaled, sum_of_streams, tiles, warps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 16384  # of a stream: 32 float32 registers a thread with 16 warps
@@ -60,7 +60,7 @@ def write_read(
     eps: float,
     iterations: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``dsv4.ops.mhc.write_read``; the same bits as ``post`` and then ``pre``."""
+    """See ``dsv4.ops.mhc.write_read``; the streams have the bits of ``post``."""
     if not _serves(streams, comb) or not _serves(streams, fn) or y.dtype not in DTYPES:
         written = post(streams, y, post_weights, comb)
         return pre(written, fn, base, scale, norm_weight, norm_eps, eps, iterations)
@@ -125,10 +125,12 @@ class _Pre(torch.autograd.Function):
         post_weights = fn.new_empty(T if iterations else 0, N)
         comb = fn.new_empty(T if iterations else 0, N, N)
         if T and D:
-            c, P = CONFIG, triton.next_power_of_2(N)
+            c, P = tiles(streams.dtype), triton.next_power_of_2(N)
             if partial is None:
                 partial = fn.new_empty(T, c.parts, M + 1)
-                _project[(triton.cdiv(T, c.tokens), c.parts)](streams, fn, partial, T, **_sizes(M, N, D), num_stages=3)
+                _project[(triton.cdiv(T, c.tokens), c.parts)](
+                    streams, fn, partial, T, **_sizes(c, M, N, D, c.channels), STAGES=c.stages
+                )  # fmt: skip
             _coefficients[(triton.cdiv(T, c.tokens_of_coefficients),)](
                 partial, base, scale, mixes, inverse_rms, post_weights, comb, T, norm_eps, eps,
                 N=N, P=P, M=M, SIZE=N * D, PARTS=c.parts, ITERATIONS=iterations, TOKENS=c.tokens_of_coefficients,
@@ -152,14 +154,12 @@ class _Pre(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _sizes(M: int, N: int, D: int) -> dict[str, int | str]:
-    """The constants and warps of a projection."""
-    c = CONFIG
-    part = triton.cdiv(triton.cdiv(D, c.parts), c.channels) * c.channels
+def _sizes(c: Tiles, M: int, N: int, D: int, channels: int) -> dict[str, int]:
+    """The constants and warps of a projection, so many channels at a time."""
+    part = triton.cdiv(triton.cdiv(D, c.parts), channels) * channels
     return {
         "M": M, "N": N, "D": D, "PART": part, "PARTS": c.parts, "TOKENS": c.tokens,
-        "ROWS": max(triton.next_power_of_2(M), 16), "CHANNELS": c.channels, "PRECISION": c.precision,
-        "num_warps": c.warps,
+        "ROWS": max(triton.next_power_of_2(M), 16), "CHANNELS": channels, "num_warps": c.warps,
     }  # fmt: skip
 
 
@@ -170,7 +170,7 @@ class _Post(torch.autograd.Function):
         T, N, D = streams.shape
         out = torch.empty_like(kept[0])
         if out.numel():
-            block = min(triton.next_power_of_2(D), CONFIG.channels_of_a_write)
+            block = min(triton.next_power_of_2(D), tiles(streams.dtype).channels_of_a_write)
             _write[(T, triton.cdiv(D, block))](*kept, out, N=N, D=D, BLOCK=block, num_warps=4)
         ctx.save_for_backward(*kept)
         return out
@@ -189,11 +189,11 @@ class _PostAhead(torch.autograd.Function):
     def forward(ctx, streams, y, post_weights, comb, fn):
         kept = [x.contiguous() for x in (streams, y, post_weights, comb)]
         T, N, D = streams.shape
-        c, M = CONFIG, len(fn)
+        c, M = tiles(streams.dtype), len(fn)
         out, partial = torch.empty_like(kept[0]), fn.new_empty(T, c.parts, M + 1)
         if out.numel():
             _write_project[(triton.cdiv(T, c.tokens), c.parts)](
-                *kept, fn.contiguous(), out, partial, T, **_sizes(M, N, D), num_stages=2
+                *kept, fn.contiguous(), out, partial, T, **_sizes(c, M, N, D, c.channels_ahead), STAGES=c.stages_ahead
             )
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(partial)
@@ -212,7 +212,7 @@ class _Sinkhorn(torch.autograd.Function):
         comb = torch.empty_like(logits)
         T, N, _ = logits.shape
         if logits.numel():
-            tokens = CONFIG.tokens_of_coefficients
+            tokens = tiles(logits.dtype).tokens_of_coefficients
             _project_onto_doubly_stochastic[(triton.cdiv(T, tokens),)](
                 logits, comb, T, eps, N=N, P=triton.next_power_of_2(N), ITERATIONS=iterations, TOKENS=tokens,
                 num_warps=1,
@@ -232,7 +232,7 @@ class _Sinkhorn(torch.autograd.Function):
 def _project(
     streams, fn, partial, num_tokens,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of a block of tokens: M products with fn, and in column M the sum of squares.
 
@@ -244,15 +244,34 @@ def _project(
     is_token, is_row = tokens < num_tokens, rows < M
     products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
     squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
-    for step in range(PART // CHANNELS * N):  # one loop over channels and streams: it is pipelined
+    for step in tl.range(
+        PART // CHANNELS * N, num_stages=STAGES
+    ):  # one loop over channels and streams: it is pipelined
         channel = part * PART + step // N * CHANNELS + channels
         at = step % N * D + channel
         of_x, of_w = tokens[:, None] * (N * D) + at[None, :], rows[:, None] * (N * D) + at[None, :]
-        x = tl.load(streams + of_x, mask=is_token[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+        x = tl.load(streams + of_x, mask=is_token[:, None] & (channel < D)[None, :], other=0.0)
         w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
-        squares += x * x
-        products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+        squares += x.to(tl.float32) * x.to(tl.float32)
+        products = _multiply(x, w, products)
     _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
+
+
+@triton.jit
+def _multiply(x, w, products):
+    """products [t, m] and those of x [t, c] with w [m, c] float32.
+
+    A number of 16 bits is one that tensor cores take as it is, and a weight is the sum of three of them, with all of
+    its 24 digits.
+    """
+    if x.dtype == tl.float32:
+        products = tl.dot(x, tl.trans(w), products, input_precision="ieee")
+    else:
+        for _ in tl.static_range(3):
+            digits = w.to(x.dtype)
+            products = tl.dot(x, tl.trans(digits), products)
+            w -= digits.to(tl.float32)
+    return products
 
 
 @triton.jit
@@ -269,7 +288,7 @@ def _store_partial(
 def _write_project(
     streams, y, post_weights, comb, fn, out, partial, num_tokens,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``_write`` and ``_project``, some channels of a block of tokens at a time, step by step as these do."""
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -278,22 +297,26 @@ def _write_project(
     is_token, is_row = tokens < num_tokens, rows < M
     products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
     squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
-    for step in range(PART // CHANNELS * N):
-        channel, k = part * PART + step // N * CHANNELS + channels, step % N
+    for step in tl.range(PART // CHANNELS, num_stages=STAGES):
+        channel = part * PART + step * CHANNELS + channels
         inside = is_token[:, None] & (channel < D)[None, :]
         of_token = tokens[:, None] * (N * D) + channel[None, :]
-        written = tl.load(y + tokens[:, None] * D + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = written * tl.load(post_weights + tokens * N + k, mask=is_token, other=0.0)[:, None]
-        for j in tl.static_range(N):  # from the cache but for the first of N steps
-            stream = tl.load(streams + of_token + j * D, mask=inside, other=0.0).to(tl.float32)
-            value += stream * tl.load(comb + (tokens * N + j) * N + k, mask=is_token, other=0.0)[:, None]
-        x = value.to(out.dtype.element_ty)
-        tl.store(out + of_token + k * D, x, mask=inside)
-        of_w = rows[:, None] * (N * D) + (k * D + channel)[None, :]
-        w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
-        x = x.to(tl.float32)
-        squares += x * x
-        products = tl.dot(x, tl.trans(w), products, input_precision=PRECISION)
+        written = tl.load(y + tokens[:, None] * D + channel[None, :], mask=inside, other=0.0)
+        given = ()
+        for j in tl.static_range(N):
+            given = given + (tl.load(streams + of_token + j * D, mask=inside, other=0.0),)  # noqa: RUF005
+        for k in tl.static_range(N):
+            post = tl.load(post_weights + tokens * N + k, mask=is_token, other=0.0)
+            value = written.to(tl.float32) * post[:, None]
+            for j in tl.static_range(N):
+                weight = tl.load(comb + (tokens * N + j) * N + k, mask=is_token, other=0.0)
+                value += given[j].to(tl.float32) * weight[:, None]
+            x = value.to(out.dtype.element_ty)
+            tl.store(out + of_token + k * D, x, mask=inside)
+            of_w = rows[:, None] * (N * D) + (k * D + channel)[None, :]
+            w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
+            squares += x.to(tl.float32) * x.to(tl.float32)
+            products = _multiply(x, w, products)
     _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
 
 

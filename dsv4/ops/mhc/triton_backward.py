@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dsv4.ops.mhc.portable import split_scale
-from dsv4.ops.mhc.triton_parts import CONFIG, normalised, read_weight, scaled, softmax, sum_of_streams, total, warps
+from dsv4.ops.mhc.triton_parts import normalised, read_weight, scaled, softmax, sum_of_streams, tiles, total, warps
 
 
 def pre(
@@ -28,7 +28,7 @@ def pre(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of streams, fn, base, scale and norm weight from those of what reading returned."""
     T, N, D = streams.shape
-    M, c = len(fn), CONFIG
+    M, c = len(fn), tiles(streams.dtype)
     grad_x, grad_post, grad_comb, grad_carried = (
         None if grad is None else grad.contiguous() for grad in (grad_x, grad_post, grad_comb, grad_carried)
     )
@@ -82,7 +82,7 @@ def sinkhorn(grad: torch.Tensor, logits: torch.Tensor, eps: float, iterations: i
     T, N, _ = logits.shape
     grad_logits = torch.empty_like(logits)
     if logits.numel():
-        tokens = CONFIG.tokens_of_coefficients
+        tokens = tiles(logits.dtype).tokens_of_coefficients
         _sinkhorn_backward[(triton.cdiv(T, tokens),)](
             grad.contiguous(), logits, logits.new_empty(T, 2 * iterations, N, N), grad_logits, T, eps,
             N=N, P=triton.next_power_of_2(N), ITERATIONS=iterations, TOKENS=tokens, num_warps=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,16 +13,19 @@ import triton.language as tl
 class Tiles:
     """Sizes of the launches; none depends on how many tokens there are.
 
-    tokens, channels, parts, precision and warps: of the projection; a part is a fixed share of the channels of a token.
-    tokens_of_coefficients: one warp each. channels_of_a_write: of one token, forward. tokens_of_streams and
-    channels_of_streams: of the gradient of the streams. tokens_of_a_sum: of a partial gradient of the norm's weight.
+    tokens, channels, parts, warps and stages: of the projection; a part is a fixed share of the channels of a token.
+    channels_ahead and stages_ahead: of that by the kernel that writes. tokens_of_coefficients: one warp each.
+    channels_of_a_write: of one token, forward. tokens_of_streams and channels_of_streams: of the gradient of the
+    streams. tokens_of_a_sum: of a partial gradient of the norm's weight.
     """
 
-    tokens: int = 32
-    channels: int = 64
+    tokens: int
+    channels: int
+    channels_ahead: int
+    warps: int
+    stages: int
+    stages_ahead: int
     parts: int = 8
-    precision: str = "ieee"
-    warps: int = 4
     tokens_of_coefficients: int = 16
     channels_of_a_write: int = 1024
     tokens_of_streams: int = 32
@@ -30,14 +34,19 @@ class Tiles:
 
 
 CONFIGS = {
-    # fn is 3/4 of what a program reads with 32 tokens; float32 products run on the plain units.
-    "plain": Tiles(),
-    # The same products as three of tensor cores, to the last bits or so; bfloat16 streams are exact in them.
-    "thirds": Tiles(precision="tf32x3"),
-    # Half the reads of fn, for a quarter of the programs.
-    "tall": Tiles(precision="tf32x3", tokens=64, channels=128, parts=4, warps=8),
+    # With 128 tokens fn is a quarter of what a program reads, from the second-level cache. A program that also writes
+    # holds all streams of its channels in registers.
+    "wide": Tiles(tokens=128, channels=64, channels_ahead=32, warps=8, stages=3, stages_ahead=2),
+    "deep": Tiles(tokens=128, channels=32, channels_ahead=32, warps=8, stages=4, stages_ahead=1),
+    # float32 products run on the plain units.
+    "float32": Tiles(tokens=32, channels=64, channels_ahead=64, warps=4, stages=3, stages_ahead=2),
 }
-CONFIG = CONFIGS["plain"]
+NARROW = "wide"  # the one for 16-bit dtypes
+
+
+def tiles(dtype: torch.dtype) -> Tiles:
+    """The sizes for streams of a dtype."""
+    return CONFIGS["float32" if dtype == torch.float32 else NARROW]
 
 
 def warps(D: int) -> int:

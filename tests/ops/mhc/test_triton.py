@@ -138,13 +138,20 @@ def test_non_contiguous_input():
     check(sublayer, torch.float32, **given)
 
 
-@pytest.mark.parametrize("name", triton_parts.CONFIGS)
+@pytest.mark.parametrize("name", ["wide", "deep"])
 def test_every_config(name, monkeypatch):
-    """The interpreter forms every product in float32, whatever its precision is called."""
-    for module in (kernels, kernels.back):
-        monkeypatch.setattr(module, "CONFIG", triton_parts.CONFIGS[name])
+    monkeypatch.setattr(triton_parts, "NARROW", name)
     given = inputs(1, 5, 4, 40)
-    check(sublayer, torch.float32, y=torch.randn_like(given["streams"][:, :, 0]), **given)
+    check(sublayer, DTYPES[-1], y=torch.randn_like(given["streams"][:, :, 0]), **given)
+
+
+def test_weights_are_not_rounded_to_the_dtype_of_the_streams():
+    given = inputs(1, 5, 4, 40)
+    given["streams"] = given["streams"].to(DTYPES[-1])
+    _, *found, _ = kernels.pre(*given.values(), NORM_EPS, EPS, 3)
+    _, *wanted, _ = reference.pre(*(x.double() for x in given.values()), NORM_EPS, EPS, 3)
+    for mine, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=3e-6, atol=3e-6)
 
 
 def test_a_token_is_the_same_alone():
@@ -193,16 +200,15 @@ def test_writing_and_reading(sizes, dtype):
     check(two_sublayers, dtype, y=torch.randn_like(given["streams"][:, :, 0]), **given)
 
 
-@pytest.mark.parametrize("name", triton_parts.CONFIGS)
-def test_writing_and_reading_has_the_bits_of_one_after_the_other(name, monkeypatch):
-    """Channels of one step of a part, of several, and of parts that are not full."""
-    for module in (kernels, kernels.back):
-        monkeypatch.setattr(module, "CONFIG", triton_parts.CONFIGS[name])
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]])
+def test_writing_and_reading_is_one_after_the_other(dtype, monkeypatch):
+    """With channels of one step of a part, of several, and of parts that are not full: the same bits in equal steps."""
+    monkeypatch.setattr(triton_parts, "NARROW", "deep")
     for sizes in ((1, 35, 2, 5), (2, 1, 3, 150), (1, 2, 2, 600)):
         given = inputs(*sizes)
-        streams, y = given.pop("streams").to(DTYPES[-1]), torch.randn(sizes[0], sizes[1], sizes[3], device=DEVICE)
+        streams, y = given.pop("streams").to(dtype), torch.randn(sizes[0], sizes[1], sizes[3], device=DEVICE)
         _, post, comb, carried = kernels.pre(streams, *given.values(), NORM_EPS, EPS, 2)
-        given = carried, y.to(DTYPES[-1]), post, comb, *given.values()
+        given = carried, y.to(dtype), post, comb, *given.values()
         with poisoned():
             found = kernels.write_read(*given, NORM_EPS, EPS, 2)
         written = kernels.post(*given[:4])
@@ -210,9 +216,16 @@ def test_writing_and_reading_has_the_bits_of_one_after_the_other(name, monkeypat
             assert torch.equal(mine, other)
 
 
+def test_what_is_written_has_the_same_bits_in_other_steps():
+    given = inputs(1, 3, 3, 150)
+    streams, y = given.pop("streams").to(DTYPES[-1]), torch.randn(1, 3, 150, device=DEVICE).to(DTYPES[-1])
+    _, post, comb, carried = kernels.pre(streams, *given.values(), NORM_EPS, EPS, 2)
+    found = kernels.write_read(carried, y, post, comb, *given.values(), NORM_EPS, EPS, 2)
+    assert torch.equal(found[3], kernels.post(carried, y, post, comb))
+
+
 def test_gradients_of_writing_and_reading_have_the_bits_of_one_after_the_other():
     given = inputs(1, 3, 3, 20)
-    given = {n: x.to(DTYPES[-1]) if n == "streams" else x for n, x in given.items()}
     given["y"] = torch.randn_like(given["streams"][:, :, 0])
     found = evaluate(two_sublayers(kernels), **given)
     wanted = evaluate(two_sublayers(kernels, written_and_read=False), **given)
