@@ -13,8 +13,12 @@ needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compile
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A machine that has compiled nothing yet; the real library comes back afterwards."""
+def fresh(monkeypatch, tmp_path, tmp_path_factory):
+    """A machine that has compiled nothing yet, and one source of those; the real library comes back afterwards."""
+    sources = tmp_path_factory.mktemp("sources")
+    for path in (native.SOURCES / "lookup.c", *native.SOURCES.glob("*.h")):
+        shutil.copy(path, sources)
+    monkeypatch.setattr(native, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for function in (native.library, native.available):
         function.cache_clear()
@@ -68,10 +72,20 @@ def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
 
 
 @needs_compiler
-def test_no_warnings_from_the_compiler(tmp_path):
+def test_new_sources_are_a_new_library(fresh):
+    native.library()
+    native.library.cache_clear()
+    with open(native.SOURCES / "lookup.c", "a") as file:
+        file.write("\n")
+    native.library()
+    assert len(list((fresh / "dsv4").iterdir())) == 2
+
+
+@needs_compiler
+def test_no_warnings_from_the_compiler():
     sources = [str(path) for path in native.SOURCES.glob("*.c")]
-    flags = [*filter(None, native.FLAGS), "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([shutil.which("cc"), *flags, "-o", str(tmp_path / "k.so"), *sources, "-lm"], check=True)
+    flags = [*filter(None, native.FLAGS), "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    subprocess.run([shutil.which("cc"), *flags, *sources], check=True)
 
 
 @pytest.mark.parametrize(("dtype", "serves"), [
