@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dsv4.checkpoint.training import list_checkpoints
 from dsv4.config.fit import check_against_model
@@ -22,12 +23,24 @@ PHASES = (
 )
 
 
-@pytest.fixture
-def recipe(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def recipe(corpus, tmp_path_factory):
     """A run through every precision, of a model whose sizes FP4 divides."""
-    model = replace(smoke(), hidden_size=96, moe=replace(smoke().moe, expert_dim=64))
-    save_config(model, tmp_path / "model.json")
-    return replace(shortest(corpus), model=str(tmp_path / "model.json"), phases=PHASES)
+    path = tmp_path_factory.mktemp("precision") / "model.json"
+    save_config(replace(smoke(), hidden_size=96, moe=replace(smoke().moe, expert_dim=64)), path)
+    return replace(shortest(corpus), model=str(path), phases=PHASES)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """That run, on one thread as tests have it, and what it told."""
+    torch.set_num_threads(1)
+    path, seen = tmp_path_factory.mktemp("whole") / "run", Seen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv4.train.loop.matmul_rate", lambda dtype, device: 1e10)
+        seen.trainer = tiny_trainer(recipe, path, seen.tell)
+        seen.trainer.train()
+    return path, seen
 
 
 class Seen:
@@ -43,22 +56,19 @@ class Seen:
             self.losses[record["step"]] = record["loss"]
 
 
-def test_a_run_through_every_precision(recipe, tmp_path):
-    seen = Seen()
-    seen.trainer = tiny_trainer(recipe, tmp_path / "run", seen.tell)
-    seen.trainer.train()
+def test_a_run_through_every_precision(whole):
+    path, seen = whole
     plain, fp8, fp4 = (False, False, None), (True, False, "fp8"), (True, True, "fp4")
     assert list(seen.rounds.values()) == [plain, plain, fp8, fp8, fp4, fp4, fp4, plain]
     assert not is_packed(seen.trainer.model)
     assert all(0 < loss < 8 for loss in seen.losses.values())
-    (last,) = [record for record in read(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "end"]
+    (last,) = [record for record in read(path / "metrics.jsonl") if record["kind"] == "end"]
     assert last["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize("step", [3, 5, 6])
-def test_a_run_resumed_in_any_precision_is_the_same(recipe, tmp_path, step):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    tiny_trainer(recipe, whole, lambda record: None).train()
+def test_a_run_resumed_in_any_precision_is_the_same(recipe, whole, tmp_path, step):
+    (whole, _), again = whole, tmp_path / "again"
 
     class StoppedError(Exception):
         pass
