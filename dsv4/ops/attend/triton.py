@@ -1,11 +1,13 @@
-"""Attention as Triton kernels: a program per query and block of heads, which are the rows of its products.
+"""Attention as Triton kernels: a program per block of lines, which are the heads of queries, one after the other.
 
-All heads of a query see the same keys, so a block of 64 heads is a tile as the tensor cores want it, and a tile of
-keys, once in shared memory, serves twice: as keys and as values. Window and interval are contiguous rows, picked
-entries are gathered by their index. The softmax runs along, in base 2, since exp2 is what the hardware has.
+All heads of a query see the same keys, so 64 heads are a tile as the tensor cores want it, and a tile of keys, once in
+shared memory, serves twice: as keys and as values. Of few heads, a block holds several queries: their windows are
+nearly the same, and so are intervals; picks go by query. Window and interval are contiguous rows, picked entries are
+gathered by their index. The softmax runs along, in base 2, since exp2 is what the hardware has.
 
-A query's result depends on its own keys alone, taken in order from the first: not on how many queries the call has.
-The backward kernels are in ``triton_backward.py`` and ``triton_keys.py``.
+A query's result depends on its own keys alone, taken in order: of several queries, tiles begin at fixed places, and one
+in which a line sees nothing changes none of its bits. The backward kernels are in ``triton_backward.py`` and
+``triton_keys.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from dsv4.ops.attend.triton_backward import LOG2_E, Config, Seen, query_gradient
+from dsv4.ops.attend.triton_backward import LOG2_E, Config, Seen, lines_of, query_gradient, spans, unseen
 from dsv4.ops.attend.triton_keys import key_gradients
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CONFIGS = {
-    # 64 heads x 512 channels of float32 sums are half the registers of a multiprocessor: 8 warps share them. Beside
+    # 64 lines x 512 channels of float32 sums are half the registers of a multiprocessor: 8 warps share them. Beside
     # 64 KiB of queries, of the 228 KiB of shared memory: two tiles of 64 KiB, or three of 32 KiB.
     "wide": Config(64, 64, 8, 2),
     "deep": Config(64, 32, 8, 3),
@@ -101,8 +103,7 @@ def _launch_forward(
 ) -> None:
     B, T, H, K = q.shape
     config = CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
-    block_heads = min(config.heads, max(16, triton.next_power_of_2(H)))
-    _forward[(B * T, triton.cdiv(H, block_heads))](
+    _forward[(B * triton.cdiv(T * H, config.lines),)](
         q,
         kv,
         values,
@@ -119,7 +120,7 @@ def _launch_forward(
         KIND=seen.kind,
         H=H,
         K=K,
-        BLOCK_H=block_heads,
+        LINES=config.lines,
         BLOCK_K=max(16, triton.next_power_of_2(K)),
         BLOCK_N=config.keys,
         STAGES=config.stages,
@@ -148,60 +149,63 @@ def _forward(
     KIND: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query and a block of heads. Past 60 lines, since loads and the order of sums are one thought."""
-    query = tl.program_id(0).to(tl.int64)  # of all B * T
-    row, t = query // T, query % T
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    channel = tl.arange(0, BLOCK_K)
+    """One block of lines. Past 60 lines, since loads and the order of sums are one thought."""
+    row, line, t, is_line, first_t, last_t = lines_of(tl.program_id(0), T, H, LINES)
+    channel = tl.arange(0, BLOCK_K)[None, :]
+    is_channel = channel < K
     place = tl.arange(0, BLOCK_N)
-    is_channel = (channel < K)[None, :]
-    is_q = (head < H)[:, None] & is_channel
-    at = (query * H + head)[:, None] * K + channel[None, :]
-    q = tl.load(q_ptr + at, mask=is_q, other=0.0)  # [h, k]
-    log_sink = tl.load(log_sink_ptr + head, mask=head < H, other=0.0)
+    of_lines = row * T * H + line
+    at = of_lines[:, None] * K + channel
+    is_q = is_line[:, None] & is_channel
+    q = tl.load(q_ptr + at, mask=is_q, other=0.0)  # [m, k]
+    log_sink = tl.load(log_sink_ptr + line % H, mask=is_line, other=0.0)
     # A sink of -inf takes no part, and must not make the first difference inf - inf.
     peak = tl.maximum(log_sink, -1e30)
     total = tl.exp2(log_sink - peak)
-    acc = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.float32)
+    acc = tl.zeros((LINES, BLOCK_K), dtype=tl.float32)
 
-    own = S - T + t
-    first = tl.maximum(tl.maximum(tl.load(raw_begin_ptr + query), own - window + 1), 0)
-    for start in tl.range(first, own + 1, BLOCK_N, num_stages=STAGES):
+    first, last, start_at, stop = spans(
+        "raw", raw_begin_ptr, raw_begin_ptr, row, t, is_line, first_t, last_t, T, S, window, H, LINES, BLOCK_N
+    )
+    for start in tl.range(start_at, stop, BLOCK_N, num_stages=STAGES):
         raw = start + place
-        is_seen = raw <= own
-        keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel[None, :]
-        keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)  # [n, k]
-        acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
+        keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel
+        keys = tl.load(keys_at, mask=(raw < stop)[:, None] & is_channel, other=0.0)  # [n, k]
+        acc, peak, total = _meet(q, keys, unseen(raw, first, last), acc, peak, total, log2_scale, T, S)
     if KIND == "interval":
-        first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
-        end = tl.minimum(tl.load(end_ptr + query), C)
-        for start in tl.range(first_entry, end, BLOCK_N, num_stages=STAGES):
+        first, last, start_at, stop = spans(
+            "interval", begin_ptr, end_ptr, row, t, is_line, first_t, last_t, T, C, window, H, LINES, BLOCK_N
+        )
+        for start in tl.range(start_at, stop, BLOCK_N, num_stages=STAGES):
             entry = start + place
-            is_seen = entry < end
-            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
+            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel
+            keys = tl.load(keys_at, mask=(entry < stop)[:, None] & is_channel, other=0.0)
+            acc, peak, total = _meet(q, keys, unseen(entry, first, last), acc, peak, total, log2_scale, T, S)
     if KIND == "picked":
-        for start in tl.range(0, P, BLOCK_N, num_stages=STAGES):
-            pick = start + place
-            entry = tl.load(picked_ptr + query * P + pick, mask=pick < P, other=-1)
-            is_seen = entry >= 0
-            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel[None, :]
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
-            acc, peak, total = _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S)
+        tiles = tl.cdiv(P, BLOCK_N)
+        for step in tl.range(0, (last_t - first_t + 1) * tiles, num_stages=STAGES):
+            pick = step % tiles * BLOCK_N + place
+            query = first_t + step // tiles
+            entry = tl.load(picked_ptr + (row * T + query) * P + pick, mask=pick < P, other=-1)
+            keys_at = values_ptr + (row * C + entry)[:, None] * K + channel
+            keys = tl.load(keys_at, mask=(entry >= 0)[:, None] & is_channel, other=0.0)
+            is_unseen = (entry < 0)[None, :]
+            if H % LINES != 0:
+                is_unseen = is_unseen | (t != query)[:, None]
+            acc, peak, total = _meet(q, keys, is_unseen, acc, peak, total, log2_scale, T, S)
 
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_q)
-    tl.store(log_total_ptr + query * H + head, peak + tl.log2(total), mask=head < H)
+    tl.store(log_total_ptr + of_lines, peak + tl.log2(total), mask=is_line)
 
 
 @triton.jit
-def _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S):
-    """Take a tile of keys into the running softmax: acc [h, k] and total [h] are relative to exp2(peak).
+def _meet(q, keys, is_unseen, acc, peak, total, log2_scale, T, S):
+    """Take a tile of keys into the running softmax: acc [m, k] and total [m] are relative to exp2(peak).
 
     Both conditions always hold, and are there for the compiler. What depends on the first it puts after the request for
     the next tile, which then arrives beside the products. And through the second it does not see that one product feeds
@@ -211,8 +215,8 @@ def _meet(q, keys, is_seen, acc, peak, total, log2_scale, T, S):
         shares = tl.zeros((q.shape[0], keys.shape[0]), dtype=keys.dtype)
         shrink = tl.zeros_like(peak)
         if S > 0:
-            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [h, n]
-            scores = tl.where(is_seen[None, :], scores, float("-inf"))
+            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * log2_scale  # [m, n]
+            scores = tl.where(is_unseen, float("-inf"), scores)
             new_peak = tl.maximum(peak, tl.max(scores, axis=1))
             shrink = tl.exp2(peak - new_peak)
             weights = tl.exp2(scores - new_peak[:, None])

@@ -61,17 +61,17 @@ class Seen(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Heads and keys of a tile, warps of a program, and how many tiles are on their way."""
+    """Lines and keys of a tile, warps of a program, and how many tiles are on their way."""
 
-    heads: int
+    lines: int
     keys: int
     warps: int
     stages: int
 
 
 CONFIGS = {
-    # In shared memory, of 227 KiB: 128 of queries and their gradients, two tiles of keys of 32 each, and what products
-    # hand on. 64 heads x 512 channels of float32 sums are half the registers.
+    # In shared memory, of 227 KiB: 128 of lines and their gradients, two tiles of keys of 32 each, and what products
+    # hand on. 64 lines x 512 channels of float32 sums are half the registers.
     "wide": Config(64, 32, 8, 2),
     "narrow": Config(32, 32, 4, 2),
     "float32": Config(16, 16, 4, 1),
@@ -109,36 +109,49 @@ def query_gradient(
     if not q.numel():
         return grad_q, delta, grad_values
     config = CONFIGS["float32" if q.dtype == torch.float32 else NARROW]
-    block_heads = min(config.heads, max(16, triton.next_power_of_2(H)))
-    head_blocks, num_picks = triton.cdiv(H, block_heads), seen.picked.shape[-1]
+    blocks, num_picks = triton.cdiv(T * H, config.lines), seen.picked.shape[-1]
 
-    def find(first: int, count: int, parts: torch.Tensor) -> None:
-        _query_gradient[(count, head_blocks)](
-            *(q, kv, values, *seen.tensors(), log_total, out, grad_out, grad_q, delta, parts, first),
+    def find(first: int, count: int, parts: torch.Tensor, first_query: int) -> None:
+        _query_gradient[(count,)](
+            *(q, kv, values, *seen.tensors(), log_total, out, grad_out, grad_q, delta, parts, first, first_query),
             *(distance(grad_out, q), T, kv.shape[1], values.shape[1], num_picks, window, scale, scale * LOG2_E),
             KIND=seen.kind,
             H=H,
             K=K,
-            BLOCK_H=block_heads,
+            PARTS=num_parts,
+            LINES=config.lines,
             BLOCK_K=max(16, triton.next_power_of_2(K)),
             BLOCK_N=config.keys,
             STAGES=config.stages,
             num_warps=config.warps,
         )
 
+    num_parts = blocks_of_a_query(H, config.lines)
     if seen.kind != "picked":
-        find(0, B * T, parts=q)  # which is not written
+        find(0, B * blocks, parts=q, first_query=0)  # parts are not written
         return grad_q, delta, grad_values
-    held = max(1, PARTS_HELD // (num_picks * head_blocks * K))
+    at_once = config.lines // math.gcd(H, config.lines)  # queries that are whole blocks
+    held = max(1, PARTS_HELD // (num_picks * num_parts * K * at_once)) * at_once
     for row in range(B):
         for first in range(0, T, held):
-            parts = q.new_empty(min(held, T - first), num_picks, head_blocks, K)
-            find(row * T + first, len(parts), parts)
+            count = min(held, T - first)
+            # A query that lies in fewer blocks than others leaves fewer parts.
+            parts = q.new_zeros if H % config.lines and config.lines % H else q.new_empty
+            parts = parts(count, num_picks, num_parts, K)
+            first_block = row * blocks + first * H // config.lines
+            find(first_block, triton.cdiv(count * H, config.lines), parts, row * T + first)
             add_picked_(grad_values[row], parts, seen.picked[row, first : first + held])
     return grad_q, delta, grad_values
 
 
-@triton.jit(do_not_specialize=["first_query"])
+def blocks_of_a_query(H: int, lines: int) -> int:
+    """In how many blocks of lines a query of H heads can lie."""
+    if H % lines == 0 or lines % H == 0:
+        return max(1, H // lines)
+    return triton.cdiv(H - 1, lines) + 1
+
+
+@triton.jit(do_not_specialize=["first_block", "first_query"])
 def _query_gradient(
     q_ptr,
     kv_ptr,
@@ -153,6 +166,7 @@ def _query_gradient(
     grad_q_ptr,
     delta_ptr,
     parts_ptr,
+    first_block,
     first_query,
     distance,
     T,
@@ -165,101 +179,153 @@ def _query_gradient(
     KIND: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query and a block of heads, along the loops of forward; past 60 lines like them.
+    """One block of lines, along the loops of forward; past 60 lines like them.
 
     The condition always holds: as in forward, it lets the next tile arrive beside the products.
     """
-    query = first_query + tl.program_id(0).to(tl.int64)
-    row, t = query // T, query % T
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row, line, t, is_line, first_t, last_t = lines_of(first_block + tl.program_id(0), T, H, LINES)
     place = tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_K)[None, :]
     is_channel = channel < K
-    at = (query * H + head)[:, None] * K + channel
-    is_q = (head < H)[:, None] & is_channel
-    log_total = tl.load(log_total_ptr + query * H + head, mask=head < H, other=0.0)
+    of_lines = row * T * H + line
+    at = of_lines[:, None] * K + channel
+    is_q = is_line[:, None] & is_channel
+    log_total = tl.load(log_total_ptr + of_lines, mask=is_line, other=0.0)
     delta = tl.load(out_ptr + at, mask=is_q, other=0.0).to(tl.float32)
-    delta = tl.sum(delta * tl.load(grad_ptr + at, mask=is_q, other=0.0).to(tl.float32), axis=1)  # [h]
-    tl.store(delta_ptr + query * H + head, delta, mask=head < H)
+    delta = tl.sum(delta * tl.load(grad_ptr + at, mask=is_q, other=0.0).to(tl.float32), axis=1)  # [m]
+    tl.store(delta_ptr + of_lines, delta, mask=is_line)
 
-    own_head, is_grad = lines(BLOCK_H)
-    own_head += tl.program_id(1) * BLOCK_H
-    both_at = q_ptr + (query * H + own_head)[:, None] * K + is_grad[:, None] * distance + channel
-    both = tl.load(both_at, mask=(own_head < H)[:, None] & is_channel, other=0.0)  # [2 h, k]
-    sums = tl.zeros((BLOCK_H, BLOCK_K), dtype=tl.float32)
+    own_line, is_grad = pairs(LINES)
+    own_line += tl.min(line, axis=0)
+    both_at = q_ptr + (row * T * H + own_line)[:, None] * K + is_grad[:, None] * distance + channel
+    both = tl.load(both_at, mask=(own_line < T * H)[:, None] & is_channel, other=0.0)  # [2 m, k]
+    sums = tl.zeros((LINES, BLOCK_K), dtype=tl.float32)
 
-    own = S - T + t
-    first = tl.maximum(tl.maximum(tl.load(raw_begin_ptr + query), own - window + 1), 0)
-    for start in tl.range(first, own + 1, BLOCK_N, num_stages=STAGES):
+    first, last, start_at, stop = spans(
+        "raw", raw_begin_ptr, raw_begin_ptr, row, t, is_line, first_t, last_t, T, S, window, H, LINES, BLOCK_N
+    )
+    for start in tl.range(start_at, stop, BLOCK_N, num_stages=STAGES):
         raw = start + place
-        is_seen = raw <= own
         keys_at = kv_ptr + (row * S + raw)[:, None] * K + channel
-        keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)  # [n, k]
+        keys = tl.load(keys_at, mask=(raw < stop)[:, None] & is_channel, other=0.0)  # [n, k]
         if T > 0:
-            _, grad_scores = gradients(both, keys, is_seen, log_total, delta, log2_scale)
+            _, grad_scores = gradients(both, keys, unseen(raw, first, last), log_total, delta, log2_scale)
             sums = tl.dot(grad_scores.to(keys.dtype), keys, sums, input_precision="ieee")
     if KIND == "interval":
-        first_entry = tl.maximum(tl.load(begin_ptr + query), 0)
-        end = tl.minimum(tl.load(end_ptr + query), C)
-        for start in tl.range(first_entry, end, BLOCK_N, num_stages=STAGES):
+        first, last, start_at, stop = spans(
+            "interval", begin_ptr, end_ptr, row, t, is_line, first_t, last_t, T, C, window, H, LINES, BLOCK_N
+        )
+        for start in tl.range(start_at, stop, BLOCK_N, num_stages=STAGES):
             entry = start + place
-            is_seen = entry < end
             keys_at = values_ptr + (row * C + entry)[:, None] * K + channel
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
+            keys = tl.load(keys_at, mask=(entry < stop)[:, None] & is_channel, other=0.0)
             if T > 0:
-                _, grad_scores = gradients(both, keys, is_seen, log_total, delta, log2_scale)
+                _, grad_scores = gradients(both, keys, unseen(entry, first, last), log_total, delta, log2_scale)
                 sums = tl.dot(grad_scores.to(keys.dtype), keys, sums, input_precision="ieee")
     if KIND == "picked":
-        for start in tl.range(0, P, BLOCK_N, num_stages=STAGES):
-            pick = start + place
-            entry = tl.load(picked_ptr + query * P + pick, mask=pick < P, other=-1)
-            is_seen = entry >= 0
+        tiles = tl.cdiv(P, BLOCK_N)
+        for step in tl.range(0, (last_t - first_t + 1) * tiles, num_stages=STAGES):
+            pick = step % tiles * BLOCK_N + place
+            query = first_t + step // tiles
+            entry = tl.load(picked_ptr + (row * T + query) * P + pick, mask=pick < P, other=-1)
             keys_at = values_ptr + (row * C + entry)[:, None] * K + channel
-            keys = tl.load(keys_at, mask=is_seen[:, None] & is_channel, other=0.0)
+            keys = tl.load(keys_at, mask=(entry >= 0)[:, None] & is_channel, other=0.0)
             if T > 0:
-                weights, grad_scores = gradients(both, keys, is_seen, log_total, delta, log2_scale)
+                is_unseen = (entry < 0)[None, :]
+                if H % LINES != 0:
+                    is_unseen = is_unseen | (t != query)[:, None]
+                weights, grad_scores = gradients(both, keys, is_unseen, log_total, delta, log2_scale)
                 sums = tl.dot(grad_scores.to(keys.dtype), keys, sums, input_precision="ieee")
-                shares = shares_of_lines(grad_scores * scale, weights).to(keys.dtype)
-                part = tl.dot(tl.trans(both), shares, input_precision="ieee")  # [k, n]
-                part_at = ((tl.program_id(0).to(tl.int64) * P + pick) * tl.num_programs(1) + tl.program_id(1)) * K
-                part = tl.trans(part.to(parts_ptr.dtype.element_ty))
-                tl.store(parts_ptr + part_at[:, None] + channel, part, mask=(pick < P)[:, None] & is_channel)
+                shares = shares_of_pairs(grad_scores * scale, weights).to(keys.dtype)
+                part = tl.trans(tl.dot(tl.trans(both), shares, input_precision="ieee"))  # [n, k]
+                number = tl.min(line, axis=0) // LINES - query * H // LINES  # of this block among those of the query
+                part_at = (((row * T + query - first_query) * P + pick) * PARTS + number) * K
+                is_part = (pick < P)[:, None] & is_channel
+                tl.store(parts_ptr + part_at[:, None] + channel, part.to(parts_ptr.dtype.element_ty), mask=is_part)
     tl.store(grad_q_ptr + at, (sums * scale).to(grad_q_ptr.dtype.element_ty), mask=is_q)
 
 
-# What queries and keys share
+# What kernels share
 
 
 @triton.jit
-def lines(BLOCK_H: tl.constexpr):
-    """The heads of the lines of a tile of queries and their gradients, [2 h] each, and 1 where a line is a gradient.
+def lines_of(program, T, H: tl.constexpr, LINES: tl.constexpr):
+    """The row of a program's block, its lines [m] in the row, the queries t of lines, which of them are there, and the
+    first query and the last."""
+    blocks = tl.cdiv(T * H, LINES)
+    row = (program // blocks).to(tl.int64)
+    first = program % blocks * LINES
+    line = first + tl.arange(0, LINES)
+    t = line // H
+    return row, line, t, t < T, first // H, tl.minimum((first + LINES - 1) // H, T - 1)
 
-    Eight of each in turn: in a product, the two lines of a head then are in the registers of one thread.
+
+@triton.jit
+def spans(
+    KIND: tl.constexpr, begin_ptr, end_ptr, row, t, is_line, first_t, last_t, T, size, window,
+    H: tl.constexpr, LINES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of ``raw`` tokens or an ``interval`` of entries, so many: what lines see, first <= key < last, and all of the
+    block. Of several queries, first and last are [m, 1], and where tiles begin is a multiple of them."""
+    if H % LINES == 0:
+        first, last = seen_by(KIND, begin_ptr, end_ptr, row * T + first_t, True, T, first_t, size, window)
+        return first, last, first, last
+    else:
+        first, last = seen_by(KIND, begin_ptr, end_ptr, row * T + t, is_line, T, t, size, window)
+        least = tl.min(tl.where(is_line, first, size), axis=0)
+        most = tl.max(tl.where(is_line, last, 0), axis=0)
+        return first[:, None], last[:, None], least // BLOCK_N * BLOCK_N, most
+
+
+@triton.jit
+def seen_by(KIND: tl.constexpr, begin_ptr, end_ptr, query, is_query, T, t, size, window):
+    """The keys that queries see: first <= key < last, one or [m]."""
+    first = tl.load(begin_ptr + query, mask=is_query, other=0)
+    if KIND == "raw":
+        last = size - T + t + 1
+        first = tl.maximum(first, last - window)
+    else:
+        last = tl.minimum(tl.load(end_ptr + query, mask=is_query, other=0), size)
+    return tl.maximum(first, 0).to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def unseen(key, first, last):
+    """Which keys [n] lines do not see, [m, n] or, of one query, [1, n]."""
+    return (key[None, :] < first) | (key[None, :] >= last)
+
+
+@triton.jit
+def pairs(LINES: tl.constexpr):
+    """The lines of a tile of lines and their gradients, [2 m] each, and 1 where one is a gradient.
+
+    Eight of each in turn: in a product, the two of a line then are in the registers of one thread.
     """
-    line = tl.arange(0, 2 * BLOCK_H)
-    return line // 16 * 8 + line % 8, (line // 8 % 2).to(tl.int64)
+    both = tl.arange(0, 2 * LINES)
+    return both // 16 * 8 + both % 8, (both // 8 % 2).to(tl.int64)
 
 
 @triton.jit
-def gradients(both, keys, is_seen, log_total, delta, log2_scale):
-    """Weights of keys [n, k] and gradients of their scores, both [h, n], of lines [2 h, k]."""
-    products = tl.dot(both, tl.trans(keys), input_precision="ieee")  # [2 h, n]
+def gradients(both, keys, is_unseen, log_total, delta, log2_scale):
+    """Weights of keys [n, k] and gradients of their scores, both [m, n], of lines and their gradients [2 m, k]."""
+    products = tl.dot(both, tl.trans(keys), input_precision="ieee")  # [2 m, n]
     each: tl.constexpr = (products.shape[0] // 2, products.shape[1])
     products = tl.reshape(products, (products.shape[0] // 16, 2, 8, products.shape[1]))
     scores, moved = tl.split(tl.permute(products, (0, 2, 3, 1)))
     scores = tl.reshape(scores, each) * log2_scale - log_total[:, None]
-    weights = tl.exp2(tl.where(is_seen[None, :], scores, float("-inf")))
+    weights = tl.exp2(tl.where(is_unseen, float("-inf"), scores))
     return weights, weights * (tl.reshape(moved, each) - delta[:, None])
 
 
 @triton.jit
-def shares_of_lines(grad_scores, weights):
-    """What a line counts for, [2 h, n]: of a query, the gradient of its score; of its gradient, its weight."""
+def shares_of_pairs(grad_scores, weights):
+    """What ``pairs`` count for, [2 m, n]: a line, the gradient of its score; its gradient, its weight."""
     shape: tl.constexpr = (weights.shape[0] // 8, 8, weights.shape[1], 2)
     shares = tl.permute(tl.reshape(tl.join(grad_scores, weights), shape), (0, 3, 1, 2))
     return tl.reshape(shares, (2 * weights.shape[0], weights.shape[1]))

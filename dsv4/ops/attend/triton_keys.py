@@ -11,12 +11,22 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4.ops.attend.triton_backward import LOG2_E, Config, Seen, distance, gradients, lines, shares_of_lines
+from dsv4.ops.attend.triton_backward import (
+    LOG2_E,
+    Config,
+    Seen,
+    distance,
+    gradients,
+    pairs,
+    seen_by,
+    shares_of_pairs,
+    unseen,
+)
 
 QUERIES = 64  # whose gradients of an interval's entries are one part
 PARTS_HELD = 1 << 28  # elements of parts in memory at a time, float32
 CONFIGS = {
-    # In shared memory, of 227 KiB: 64 of keys, and two tiles of 64 of queries and gradients of 32 heads.
+    # In shared memory, of 227 KiB: 64 of keys, and two tiles of 64 of 32 lines and their gradients.
     "wide": Config(32, 64, 8, 2),
     "flat": Config(64, 64, 8, 1),
     "float32": Config(16, 16, 4, 1),
@@ -93,7 +103,7 @@ class _Finder:
             H=H,
             K=K,
             QUERIES=QUERIES,
-            BLOCK_H=min(config.heads, max(16, triton.next_power_of_2(H))),
+            LINES=config.lines,
             BLOCK_K=max(16, triton.next_power_of_2(K)),
             BLOCK_N=config.keys,
             STAGES=config.stages,
@@ -123,7 +133,7 @@ def _key_gradient(
     H: tl.constexpr,
     K: tl.constexpr,
     QUERIES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -142,41 +152,46 @@ def _key_gradient(
     is_key = key < num_keys
     if KIND == "raw":
         # The first query whose own token is in the block, to the last whose window still reaches it.
-        first = tl.maximum(tl.min(key, axis=0) - (S - T), 0)
-        last = tl.minimum(tl.max(key, axis=0) + window - (S - T), T)
+        first_t = tl.maximum(tl.min(key, axis=0) - (S - T), 0).to(tl.int32)
+        last_t = tl.minimum(tl.max(key, axis=0) + window - (S - T), T).to(tl.int32)
         target = row * S + key
     else:
-        t = (first_group + group) * QUERIES + tl.arange(0, QUERIES)
+        t = ((first_group + group) * QUERIES).to(tl.int32) + tl.arange(0, QUERIES)
         begin = tl.load(begin_ptr + row * T + t, mask=t < T, other=0)
         end = tl.load(end_ptr + row * T + t, mask=t < T, other=0)
         is_reader = (begin <= tl.max(key, axis=0)) & (end > tl.min(key, axis=0)) & (t < T)
-        first = tl.min(tl.where(is_reader, t, T), axis=0)
-        last = tl.max(tl.where(is_reader, t + 1, 0), axis=0)
+        first_t = tl.min(tl.where(is_reader, t, T), axis=0)
+        last_t = tl.max(tl.where(is_reader, t + 1, 0), axis=0)
         target = (row * (tl.num_programs(0) // num_blocks) + group) * C + key
     keys_at = keys_ptr + (row * num_keys + key)[:, None] * K + channel
     keys = tl.load(keys_at, mask=is_key[:, None] & is_channel, other=0.0)  # [n, k]
     sums = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    own_head, is_grad = lines(BLOCK_H)
-    head_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    # One loop over queries and heads: it is pipelined.
-    for step in tl.range(first * head_blocks, last * head_blocks, num_stages=STAGES):
-        query = row * T + step // head_blocks
-        first_head = step % head_blocks * BLOCK_H
-        both_at = q_ptr + (query * H + first_head + own_head)[:, None] * K + is_grad[:, None] * distance + channel
-        both = tl.load(both_at, mask=(first_head + own_head < H)[:, None] & is_channel, other=0.0)  # [2 h, k]
+    own_line, is_grad = pairs(LINES)
+    from_ptr = raw_begin_ptr if KIND == "raw" else begin_ptr
+    for step in tl.range(first_t * H // LINES, tl.cdiv(last_t * H, LINES), num_stages=STAGES):
+        both_line = step * LINES + own_line
+        both_at = q_ptr + (row * T * H + both_line)[:, None] * K + is_grad[:, None] * distance + channel
+        both = tl.load(both_at, mask=(both_line < T * H)[:, None] & is_channel, other=0.0)  # [2 m, k]
         if T > 0:
-            head = first_head + tl.arange(0, BLOCK_H)
-            log_total = tl.load(log_total_ptr + query * H + head, mask=head < H, other=0.0)
-            delta = tl.load(delta_ptr + query * H + head, mask=head < H, other=0.0)
-            if KIND == "raw":
-                own = S - T + step // head_blocks
-                is_seen = (key <= own) & (key > own - window) & (key >= tl.load(raw_begin_ptr + query)) & is_key
+            line = step * LINES + tl.arange(0, LINES)
+            is_line = line < T * H
+            log_total = tl.load(log_total_ptr + row * T * H + line, mask=is_line, other=0.0)
+            delta = tl.load(delta_ptr + row * T * H + line, mask=is_line, other=0.0)
+            if H % LINES == 0:
+                own_t = step * LINES // H
+                seen_from, seen_to = seen_by(KIND, from_ptr, end_ptr, row * T + own_t, True, T, own_t, num_keys, window)
+                is_unseen = unseen(key, seen_from, seen_to)
             else:
-                is_seen = (key >= tl.load(begin_ptr + query)) & (key < tl.load(end_ptr + query)) & is_key
-            shares = tl.zeros((2 * BLOCK_H, BLOCK_N), dtype=keys.dtype)
+                own_t = line // H
+                seen_from, seen_to = seen_by(
+                    KIND, from_ptr, end_ptr, row * T + own_t, is_line, T, own_t, num_keys, window
+                )
+                is_other = (own_t < first_t) | (own_t >= last_t)
+                is_unseen = unseen(key, seen_from[:, None], seen_to[:, None]) | is_other[:, None]
+            shares = tl.zeros((2 * LINES, BLOCK_N), dtype=keys.dtype)
             if S > 0:
-                weights, grad_scores = gradients(both, keys, is_seen, log_total, delta, log2_scale)
-                shares = shares_of_lines(grad_scores * scale, weights).to(keys.dtype)
+                weights, grad_scores = gradients(both, keys, is_unseen, log_total, delta, log2_scale)
+                shares = shares_of_pairs(grad_scores * scale, weights).to(keys.dtype)
             sums = tl.dot(tl.trans(both), shares, sums, input_precision="ieee")  # [k, n]
     grads_at = grads_ptr + target[:, None] * K + channel
     tl.store(grads_at, tl.trans(sums).to(grads_ptr.dtype.element_ty), mask=is_key[:, None] & is_channel)

@@ -72,7 +72,15 @@ def test_output_and_gradients(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("T", "window", "history", "H", "K"),
-    [(1, 1, 0, 1, 1), (1, 33, 40, 17, 16), (5, 2, 0, 2, 33), (18, 16, 0, 1, 16), (7, 17, 60, 5, 8)],
+    [
+        (1, 1, 0, 1, 1),
+        (1, 33, 40, 17, 16),
+        (5, 2, 0, 2, 33),
+        (18, 16, 0, 1, 16),
+        (7, 17, 60, 5, 8),
+        (3, 9, 12, 16, 8),
+        (2, 5, 3, 32, 8),  # a query of one block, or of two
+    ],
 )
 def test_odd_sizes(kind, T, window, history, H, K):
     check(*case(kind, B=1, T=T, history=history, H=H, K=K), window=window)
