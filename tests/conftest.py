@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dsv4.device import accelerator
+from tests.triton_interpreter import correct_interpreter
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as the operations set it; tests import kernels themselves
 if accelerator() is None:  # before anything imports triton: without a GPU its kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+    correct_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsv4.ops.lowbit.triton_codes import bits_of, factor_of, number_of, raw_bits
+from dsv4.ops.lowbit.triton_codes import bits_of, factor_of, number_of, raw_bits, value_of
 from dsv4.ops.rows.formats import INDEX_GROUP, RowFormat
 
 FOLD = 16  # entries that are first represented by their largest score
@@ -28,9 +28,7 @@ NOTHING = tl.constexpr(-(2**31))
 EXACT = {"enable_fp_fusion": False}
 
 _PAGE_ENTRIES = tl.constexpr(PAGE_ENTRIES)
-_UNIT = tl.constexpr(8)  # codes of a packed page that lie in one word
 _INDEX_GROUP = tl.constexpr(INDEX_GROUP)  # codes that share a scale
-_NORMAL = tl.constexpr(2.0**126)  # what E2M1's bits as those of float32 are too small by
 
 
 class Config(NamedTuple):
@@ -60,15 +58,15 @@ FEW = 64  # up to so many queries, each streams the keys by itself
 FEW_GROUP = 8  # queries that a program then takes one after the other
 SPLITS = 256  # programs over which the entries then are spread: two for each multiprocessor of an H200, or nearly
 
-Layout = Literal["rows", "pages", "columns", "nibbles"]
+Layout = Literal["rows", "pages", "fp4-columns", "fp4-rows"]
 
 
 class Keys(NamedTuple):
     """Where keys lie. data: as kernels read it; table: [slots, n] int32; num_entries: of the longest sequence, C.
 
     layout: ``rows``, data [B, C, J]; else pages of 32 entries, whose numbers the table has: ``pages`` of rows,
-    ``columns`` of packed keys as words, with the pages as bytes for their scales, ``nibbles`` of packed keys in rows of
-    bytes. Without table or scales, data stands in.
+    ``fp4-columns`` of packed keys as words, with the pages as bytes for their scales, ``fp4-rows`` of packed keys in
+    rows of bytes. Without table or scales, data stands in.
     """
 
     data: torch.Tensor
@@ -188,21 +186,25 @@ def _load_keys(
     channel = tl.arange(0, BLOCK_J)
     is_in = (entry < end)[:, None] & (channel < CHANNELS)[None, :]
     slot = slot.to(tl.int64)
-    if LAYOUT == "columns":
+    if LAYOUT == "fp4-columns":
         return _load_columns(
-            keys_ptr, scales_ptr, table_ptr + slot * table_width, first, end, DTYPE, CHANNELS, BLOCK_J, BLOCK_N
+            keys_ptr, scales_ptr, table_ptr + slot * table_width, first, end, DTYPE, LAYOUT, CHANNELS, BLOCK_J, BLOCK_N
         )
     if LAYOUT == "rows":
         row = slot * C + entry
     else:
         page = tl.load(table_ptr + slot * table_width + entry // _PAGE_ENTRIES, mask=entry < end, other=0)
         row = page.to(tl.int64) * _PAGE_ENTRIES + entry % _PAGE_ENTRIES
-    if LAYOUT == "nibbles":
-        num_bytes: tl.constexpr = (CHANNELS + 1) // 2
+    if LAYOUT == "fp4-rows":
+        is_fp4: tl.constexpr = LAYOUT == "fp4-rows"
+        num_bytes: tl.constexpr = (CHANNELS + 1) // 2 if is_fp4 else CHANNELS
         bytes_ptr = keys_ptr + row[:, None] * (num_bytes + (CHANNELS + _INDEX_GROUP - 1) // _INDEX_GROUP)
-        pairs = tl.load(bytes_ptr + channel[None, :] // 2, mask=is_in, other=0).to(tl.int32)
+        byte = channel // 2 if is_fp4 else channel
+        codes = tl.load(bytes_ptr + byte[None, :], mask=is_in, other=0).to(tl.int32)
+        if is_fp4:
+            codes = codes >> (channel % 2 * 4)[None, :] & 15
         scales = tl.load(bytes_ptr + num_bytes + channel[None, :] // _INDEX_GROUP, mask=is_in, other=0).to(tl.int32)
-        return (_e2m1(pairs >> (channel % 2 * 4)[None, :], 0) * factor_of(scales)).to(DTYPE)
+        return (value_of(codes, is_fp4) * factor_of(scales)).to(DTYPE)
     else:
         keys = tl.load(keys_ptr + row[:, None] * CHANNELS + channel[None, :], mask=is_in, other=0)
         if keys.dtype == tl.int16:  # bfloat16 by its bits
@@ -213,51 +215,70 @@ def _load_keys(
 
 @triton.jit
 def _load_columns(
-    keys_ptr, scales_ptr, table_ptr, first, end, DTYPE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    keys_ptr, scales_ptr, table_ptr, first, end, DTYPE: tl.constexpr, LAYOUT: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The same of packed keys in columns: a page is units, [J / 8, 32] words, then scales, [J / 32, 32] bytes.
+    """The same of packed keys in columns: a page is units, [J / codes of a word, 32] words, then scales, [J / 32, 32].
 
     Pages are read whole, so that a thread takes four entries at a time; nobody sees what lies beyond the end.
     """
+    codes: tl.constexpr = 8 if LAYOUT == "fp4-columns" else 4  # of a word
+    page_bytes: tl.constexpr = _PAGE_ENTRIES * (4 * CHANNELS // codes + CHANNELS // _INDEX_GROUP)
     number = first // _PAGE_ENTRIES + tl.arange(0, BLOCK_N // _PAGE_ENTRIES)
     is_seen = number * _PAGE_ENTRIES < end
     page = tl.load(table_ptr + number, mask=is_seen, other=0).to(tl.int64)[:, None, None]
     own = tl.arange(0, _PAGE_ENTRIES)[None, None, :]
-    unit = tl.arange(0, BLOCK_J // _UNIT)
-    group = (unit // (_INDEX_GROUP // _UNIT))[None, :, None]
-    mask = is_seen[:, None, None] & (unit < CHANNELS // _UNIT)[None, :, None] & (own >= 0)  # [p, u, 32]
-    at = page * (4 * CHANNELS + CHANNELS // 4) + (unit[None, :, None] * _PAGE_ENTRIES + own)
+    unit = tl.arange(0, BLOCK_J // codes)
+    group = (unit // (_INDEX_GROUP // codes))[None, :, None]
+    mask = is_seen[:, None, None] & (unit < CHANNELS // codes)[None, :, None] & (own >= 0)  # [p, u, 32]
+    at = page * (page_bytes // 4) + (unit[None, :, None] * _PAGE_ENTRIES + own)
     words = tl.load(keys_ptr + at, mask=mask, other=0)
-    at = page * (17 * CHANNELS) + (16 * CHANNELS + group * _PAGE_ENTRIES + own)
-    factors = factor_of(tl.load(scales_ptr + at, mask=mask, other=0).to(tl.int32))
+    at = page * page_bytes + (_PAGE_ENTRIES * 4 * CHANNELS // codes + group * _PAGE_ENTRIES + own)
+    factors = _half_factor_of(tl.load(scales_ptr + at, mask=mask, other=0).to(tl.int32))
     # Joined, not spread by a dimension of shifts, so that a thread unpacks the words that it has loaded.
-    even = _join_four(words, factors, 0, DTYPE)
-    odd = _join_four(words, factors, 4, DTYPE)
-    shape: tl.constexpr = (BLOCK_N // _PAGE_ENTRIES, BLOCK_J // _UNIT, _PAGE_ENTRIES, _UNIT)
-    values = tl.permute(tl.reshape(tl.join(even, odd), shape), (0, 2, 1, 3))  # [p, 32, u, 8]
+    if LAYOUT == "fp4-columns":
+        a, e = _scaled(_e2m1_pair(words, 0), 2.0**126, factors, DTYPE)
+        b, f = _scaled(_e2m1_pair(words, 4), 2.0**126, factors, DTYPE)
+        c, g = _scaled(_e2m1_pair(words, 8), 2.0**126, factors, DTYPE)
+        d, h = _scaled(_e2m1_pair(words, 12), 2.0**126, factors, DTYPE)
+        values = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    shape: tl.constexpr = (BLOCK_N // _PAGE_ENTRIES, BLOCK_J // codes, _PAGE_ENTRIES, codes)
+    values = tl.permute(tl.reshape(values, shape), (0, 2, 1, 3))  # [p, 32, u, codes]
     return tl.reshape(values, (BLOCK_N, BLOCK_J))
 
 
 @triton.jit
-def _join_four(words, factors, first: tl.constexpr, DTYPE: tl.constexpr):
-    """The values of every other code in words [...] from bit ``first`` on: [..., 2, 2]."""
-    a = (_e2m1(words, first) * factors).to(DTYPE)
-    b = (_e2m1(words, first + 8) * factors).to(DTYPE)
-    c = (_e2m1(words, first + 16) * factors).to(DTYPE)
-    d = (_e2m1(words, first + 24) * factors).to(DTYPE)
-    return tl.join(tl.join(a, c), tl.join(b, d))
+def _e2m1_pair(words, first: tl.constexpr):
+    """The codes in the four bits from ``first`` on, and 16 further on, as two bfloat16 over 2^126 in one word.
+
+    Exponent and mantissa go where bfloat16 has them, and zero and a half, which are subnormal, are so there too.
+    """
+    size = words << (6 - first) if first <= 6 else words >> (first - 6)
+    return size & 0x01C001C0 | (words << (12 - first)) & -0x7FFF8000
 
 
 @triton.jit
-def _e2m1(codes, first: tl.constexpr):
-    """The values of codes in the four bits from ``first`` on, float32.
+def _scaled(pair, bias: tl.constexpr, factors, DTYPE: tl.constexpr):
+    """The two numbers of a word, times the bias that they lack and a factor.
 
-    Exponent and mantissa go where float32 has them, and zero and a half, which are subnormal, are so there too: only
-    the bias is missing, which is a factor.
+    With bfloat16 in and out of each product the compiler forms those of two numbers at once; the first is exact. One
+    product would not do, for bias and factor together may be no number.
     """
-    size = codes << (22 - first) if first <= 22 else codes >> (first - 22)
-    return number_of(size & (7 << 22) | (codes << (28 - first)) & -(1 << 31)) * _NORMAL
+    low = (_wide(pair) * bias).to(tl.bfloat16).to(tl.float32)
+    high = (_wide(pair >> 16) * bias).to(tl.bfloat16).to(tl.float32)
+    return (low * factors).to(DTYPE), (high * factors).to(DTYPE)
+
+
+@triton.jit
+def _wide(bits):
+    """The bfloat16 of the lower 16 bits, as float32."""
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _half_factor_of(scale):
+    """``factor_of``, by way of bfloat16."""
+    return _wide(scale << 7 | tl.where((scale == 0) | (scale == 255), 0x40, 0))
 
 
 @triton.jit
@@ -356,8 +377,9 @@ def pages_of(pages: torch.Tensor, table: torch.Tensor, row_format: RowFormat, q:
     num_entries = table.shape[1] * PAGE_ENTRIES
     if row_format == "packed":
         if q.shape[2] % INDEX_GROUP:
-            return Keys(pages, pages, table, num_entries, "nibbles")
-        return Keys(pages.flatten(1).view(torch.int32), pages, table, num_entries, "columns")
+            return Keys(pages, pages, table, num_entries, "fp4-rows")
+        words = pages.flatten(1).view(torch.int32)
+        return Keys(words, pages, table, num_entries, "fp4-columns")
     data = pages.view(torch.float32 if row_format == "float32" else torch.bfloat16)
     data = data if data.dtype == q.dtype else raw_bits(data)
     return Keys(data, data, table, num_entries, "pages")

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from triton import jit
+from triton import language as tl
 
 from dsv4.ops.index import paged, triton
+from dsv4.ops.index.triton_scores import _load_keys, pages_of
 from dsv4.ops.rows import pack_index, unpack_index
 from tests.ops.index.test_paged import FORMATS, Cache, made, small_integers
 from tests.ops.index.test_triton import WAYS, go, shrink
@@ -40,7 +43,7 @@ STEP = [(1, 170, 1), (0, 70, 2), (3, 3, 1), (2, 259, 1)]
 @pytest.mark.parametrize("row_format", FORMATS)
 def test_keys_in_pages(way, dtype, row_format, monkeypatch):
     go(way, monkeypatch)
-    for heads, width in ((3, 7), (18, 96)) if row_format == "packed" else ((3, 7),):
+    for heads, width in ((3, 7), (18, 96)) if row_format in ("packed",) else ((3, 7),):
         queries, keys = made(STEP, heads, width, dtype, small_integers)
         keys = [k * 2.0 ** (torch.arange(width) // 32) for k in keys]  # groups of different scales
         check_paged(Cache(keys, row_format), queries, STEP, 7)
@@ -64,6 +67,36 @@ def test_steps_of_few_entries(way, step, monkeypatch):
 def test_a_step_without_tokens():
     queries, keys = made(STEP, 2, 32, torch.float32)
     assert select_paged(Cache(keys, "packed"), queries, [(0, 0, 0)], 3).shape == (0, 3)
+
+
+@jit
+def _read(pages, words, table, values, C, DTYPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """The keys of entries of one sequence as scores take them, 32 channels each."""
+    first = tl.program_id(0) * 64
+    keys = _load_keys(words, pages, table, tl.program_id(0) * 0, first, C, C, C // 32, DTYPE, LAYOUT, 32, 32, 64)
+    tl.store(values + (first + tl.arange(0, 64))[:, None] * 32 + tl.arange(0, 32)[None, :], keys)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row_format", "count"), [("packed", 16)])
+def test_every_code_under_every_scale_to_the_bit(row_format, count, dtype):
+    keys = torch.arange(count).view(-1, min(count, 32)).repeat(256, 1).repeat(1, 32 // min(count, 32)).byte()
+    if row_format == "packed":
+        keys = keys[:, 0::2] | keys[:, 1::2] << 4
+    keys[keys & 127 == 127] = 126 if row_format == "packed-fp8" else 127  # a NaN is one by its scale
+    scales = torch.arange(256).byte().repeat_interleave(len(keys) // 256)
+    rows = torch.cat([keys, scales[:, None]], dim=1)
+    cache, entry = Cache([torch.zeros(len(rows), 32)], row_format), torch.arange(len(rows))
+    cache.write(cache.table[0, entry // 32].long(), entry % 32, rows)
+    found = pages_of(cache.pages.to(DEVICE), cache.table.to(DEVICE), row_format, torch.empty(1, 1, 32))
+    values = torch.full((len(rows), 32), 7, dtype=dtype, device=DEVICE)
+    own = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    _read[(len(rows) // 64,)](found.scales, found.data, found.table, values, len(rows), own, found.layout)
+    wanted = unpack_index(rows, row_format=row_format, channels=32, dtype=dtype)
+    assert wanted.isfinite().float().mean() > 0.5
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert ((values.cpu().view(bits) == wanted.view(bits)) | (values.cpu().isnan() & wanted.isnan())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
