@@ -202,8 +202,8 @@ def _cache(configs: dict[str, ModelConfig], summaries: dict[str, Summary]) -> st
     return f"""## Key-value cache
 
 A CSA layer stores one row and one indexer key per 4 tokens, an HCA layer one row per 128. A row of the released
-models in `fp8` and `packed` is 448 FP8 bytes, 64 BF16 rotary channels, 7 E8M0 scales and 1 byte of padding: 584.
-An indexer key is 128 FP8 bytes and an F32 scale (`fp8`: 132), or 64 bytes of FP4 and 4 E8M0 scales (`packed`: 68).
+models, packed, is 448 FP8 bytes, 64 BF16 rotary channels, 7 E8M0 scales and 1 byte of padding: 584. An indexer key
+is 64 bytes of FP4 and 4 E8M0 scales (`packed`: 68), or 128 FP8 bytes and as many scales (`packed-fp8`: 132).
 Worked, Flash `packed`: 21 x (584 + 68) / 4 + 20 x 584 / 128 = 3,514.25 bytes per token. Base models: the same.
 
 Fixed is what a sequence holds at any length: a ring of 128 rows per layer (MTP included) and the F32 tails of the

@@ -13,17 +13,17 @@ from typing import Literal, get_args
 
 from dsv4.config.model import RATIO, ModelConfig
 
-CacheFormat = Literal["float32", "bfloat16", "fp8", "packed"]
+CacheFormat = Literal["float32", "bfloat16", "packed", "packed-fp8"]
 """How rows are stored.
 
-``float32``, ``bfloat16``: every channel alike. ``fp8``: rows mix FP8 with BF16 rotary channels, indexer
-keys are FP8. ``packed``: the same rows, indexer keys in FP4.
+``float32``, ``bfloat16``: every channel alike. ``packed``: rows mix FP8 with BF16 rotary channels, indexer
+keys are FP4. ``packed-fp8``: the same rows, indexer keys in FP8.
 """
 
 CACHE_FORMATS: tuple[CacheFormat, ...] = get_args(CacheFormat)
 
 ROW_GROUP = 64  # channels of a cached row that share an FP8 scale
-INDEX_GROUP = 32  # channels of an indexer key that share an FP4 scale
+INDEX_GROUP = 32  # channels of an indexer key that share a scale
 TAIL_BYTES = 4  # tails are F32 in every format
 
 GQA_HEADS, GQA_HEAD_DIM = 8, 128
@@ -33,7 +33,7 @@ GQA_HEADS, GQA_HEAD_DIM = 8, 128
 def row_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
     """Return the bytes of one key-value row.
 
-    In ``fp8`` and ``packed``: one FP8 byte per plain channel, two BF16 bytes per rotary channel, one E8M0 scale
+    Packed: one FP8 byte per plain channel, two BF16 bytes per rotary channel, one E8M0 scale
     per 64 plain channels, the scales padded to 8 bytes. Released models: 448 + 128 + 8 = 584.
     """
     head_dim, rotary_dims = config.attention.head_dim, config.attention.rotary_dims
@@ -44,17 +44,17 @@ def row_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
 
 
 def index_row_bytes(config: ModelConfig, cache_format: CacheFormat) -> int:
-    """Return the bytes of one indexer key: FP8 with one F32 scale (132), or FP4 with E8M0 scales per 32 (68)."""
+    """Return the bytes of one indexer key: with E8M0 scales per 32 channels, 68 in FP4 and 132 in FP8 if released."""
     head_dim = config.indexer.head_dim
     match cache_format:
         case "float32":
             return 4 * head_dim
         case "bfloat16":
             return 2 * head_dim
-        case "fp8":
-            return head_dim + 4
         case "packed":
             return ceil(head_dim / 2) + ceil(head_dim / INDEX_GROUP)
+        case "packed-fp8":
+            return head_dim + ceil(head_dim / INDEX_GROUP)
 
 
 def entry_bytes(config: ModelConfig, cache_format: CacheFormat, context: int) -> int:

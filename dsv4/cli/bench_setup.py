@@ -36,7 +36,7 @@ class Options:
     precision: Precision = "bfloat16"
     """Of weights and activations; released: codes of FP8 and FP4, and what the released code rounds."""
     cache_format: EngineCacheFormat = "auto"
-    """How cached rows are stored; auto: in the precision of activations, released ones packed."""
+    """How cached rows are stored; auto: in the precision of activations, released ones packed (FP4 keys)."""
     step_tokens: int = 2048
     """Tokens of a step at most."""
     threads: int | None = None

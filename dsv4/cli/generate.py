@@ -71,7 +71,7 @@ class Serving:
     concurrency: int = 8
     """Prompts that run at once."""
     cache_format: EngineCacheFormat = "auto"
-    """How cached rows are stored; auto: in the precision of activations, released ones packed."""
+    """How cached rows are stored; auto: in the precision of activations, released ones packed (FP4 keys)."""
     cache_bytes: int = 2**30
     """Memory for compressed entries at most."""
     prefix_folder: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

@@ -22,8 +22,8 @@ CONTEXTS = (4096, 65536, 1048576)  # those a model reaches are shown
 CACHE_NOTES = {
     "float32": "every channel F32",
     "bfloat16": "every channel BF16",
-    "fp8": "FP8 rows with BF16 rotary channels, FP8 indexer keys",
-    "packed": "the same rows, FP4 indexer keys",
+    "packed": "FP8 rows with BF16 rotary channels, FP4 indexer keys",
+    "packed-fp8": "the same rows, FP8 indexer keys",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from dsv4.config.checks import below, not_flag, not_one_of, not_path, outside_whole, refuse
 from dsv4.config.model import RATIO
 
-EngineCacheFormat = Literal["float32", "bfloat16", "packed", "auto"]
+EngineCacheFormat = Literal["float32", "bfloat16", "packed", "packed-fp8", "auto"]
 Numerics = Literal["fast", "invariant"]
 WindowPolicy = Literal["full", "periodic", "zero"]
 

@@ -21,6 +21,7 @@ from dsv4.ops.linear import linear, linear_groups, linears
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate, rotate_unit
+from dsv4.ops.rows import is_packed
 
 if TYPE_CHECKING:
     from dsv4.model.attention import Attention, Compressor
@@ -47,7 +48,7 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
     q_low = rmsnorm(low, layer.q_norm.weight, layer.eps, backend=backend)  # [T, Q]
     kv = rmsnorm(raw, layer.kv_norm.weight, layer.eps, backend=backend)
     kv = rotate(kv[None], *rotation, backend=backend)[0]  # [T, K]
-    if call.rounds and row_format != "packed":  # which rounds when it stores, and a step reads what is stored
+    if call.rounds and not is_packed(row_format):  # which rounds when it stores, and a step reads what is stored
         kv = round_entries(kv, rotary_dims, backend=backend)
     for (compressor, part, is_index), tokens, gate in zip(compressors, projected[::2], projected[1::2], strict=False):
         cos, sin = call.entry_rotation[layer.kind]

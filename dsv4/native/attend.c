@@ -91,7 +91,7 @@ INLINE void fetch(const uint8_t *row, long bytes) {
 static void copy_row(const Step *s, char *to, const uint8_t *row, float *wide) {
     long end = s->K * (s->is_narrow ? 2 : 4);
     if (end < s->stride) memset(to + end, 0, s->stride - end);
-    if (s->is_narrow && s->format == ROW_PACKED) {
+    if (s->is_narrow && is_packed(s->format)) {
         row_read_narrow((uint16_t *)to, row, s->K, s->R);
         return;
     }

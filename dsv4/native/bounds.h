@@ -128,7 +128,7 @@ static void turn_integers(Integers *to, long at, const uint8_t *page, const Keys
         for (long g = 0; g < keys->J / INDEX_GROUP; g++) {
             for (int j = 0; j < 8; j++)
                 _mm512_storeu_si512(to->bytes + (8 * g + j) * WIDE + at, bytes_of(units_at(page, e, 4 * g + j / 2), j % 2));
-            store(to->scales + g * WIDE + at, half_of(scales_at(page, e, g, keys->J)));
+            store(to->scales + g * WIDE + at, half_of(scales_at(page, e, g, keys->J / 2)));
         }
     }
 }
@@ -178,7 +178,7 @@ INLINE void bound_page(vec *bound, const Bounds *bounds, long t, const uint8_t *
                     even = add_bytes(even, bytes_of(units, 0), q[2 * j]);
                     odd = add_bytes(odd, bytes_of(units, 1), q[2 * j + 1]);
                 }
-                A[half] = add_group(A[half], even + odd, half_of(scales_at(page, half * LANES, g, J)));
+                A[half] = add_group(A[half], even + odd, half_of(scales_at(page, half * LANES, g, J / 2)));
             }
         }
         for (int half = 0; half < 2; half++) bound[half] = add_head(bound[half], A[half], bounds->factors[head]);

@@ -59,13 +59,15 @@ static inline int has_nan(const float *x, long n) {
     return most > 0x7f800000;
 }
 
-// The E8M0 code of the least power of two s with max(size, 1e-4) <= 448 s; 448 is 1.75 x 2^8. most: the size's bits.
-static inline uint32_t e4m3_scale_of(uint32_t most) {
-    uint32_t least = bits_of(1e-4f);
+// The E8M0 code of the least power of two s with max(size, floor) <= 448 s; 448 is 1.75 x 2^8. most: the size's bits;
+// least: the floor's, 1e-4, or in indexer keys 448 x 2^-126.
+static inline uint32_t e4m3_scale_above(uint32_t most, uint32_t least) {
     return (((most > least ? most : least) + 0x1fffff) >> 23) - 8;
 }
 
+static inline uint32_t e4m3_scale_of(uint32_t most) { return e4m3_scale_above(most, bits_of(1e-4f)); }
 static inline uint32_t e4m3_scale(const float *x, long n) { return e4m3_scale_of(largest_bits(x, n)); }
+static inline uint32_t key_scale(const float *x, long n) { return e4m3_scale_above(largest_bits(x, n), 0x04e00000); }
 
 // The least with max(|x|, 6 x 2^-126) <= 6 s; 6 is 1.5 x 2^2.
 static inline uint32_t e2m1_scale(const float *x, long n) {
@@ -148,12 +150,23 @@ static inline void e4m3_read(float *restrict to, const uint8_t *restrict codes, 
     for (long i = 0; i < n; i++) to[i] = e4m3_value(codes[i]) * factor;
 }
 
+static inline void e4m3_write_scaled(uint8_t *restrict codes, const float *restrict from, long n, uint32_t scale) {
+    float inverse = e8m0_inverse(scale);
+    for (long i = 0; i < n; i++) codes[i] = e4m3_code(from[i] * inverse);
+}
+
 // The scale is returned.
 static inline uint32_t e4m3_write(uint8_t *restrict codes, const float *restrict from, long n) {
     uint32_t scale = e4m3_scale(from, n);
-    float inverse = e8m0_inverse(scale);
-    for (long i = 0; i < n; i++) codes[i] = e4m3_code(from[i] * inverse);
+    e4m3_write_scaled(codes, from, n, scale);
     return scale;
+}
+
+// The same of an indexer key: NaN if a number is.
+static inline uint32_t key_write(uint8_t *restrict codes, const float *restrict from, long n) {
+    uint32_t scale = key_scale(from, n);
+    e4m3_write_scaled(codes, from, n, scale);
+    return has_nan(from, n) ? NAN_SCALE : scale;
 }
 
 // The scale is returned, NaN if a number is. An odd last channel has a byte of its own.

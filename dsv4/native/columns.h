@@ -18,7 +18,7 @@
 #define PAIRED 0
 #endif
 
-// Whether packed keys are read by table, lane by lane.
+// Whether packed keys are read lane by lane.
 #if PAIRED && defined(__AVX512VBMI__)
 #define CODED 1
 #else
@@ -95,8 +95,8 @@ INLINE __m512i units_at(const uint8_t *page, long entry, long u) {
     return _mm512_loadu_si512(page + unit_place(ENTRIES, entry, u));
 }
 
-INLINE __m512i scales_at(const uint8_t *page, long entry, long g, long J) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(page + scale_place(ENTRIES, entry, g, J))));
+INLINE __m512i scales_at(const uint8_t *page, long entry, long g, long codes) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(page + scale_place(ENTRIES, entry, g, codes))));
 }
 
 // Channels 2 j and 2 j + 1 of 8: E2M1 as bfloat16 times 2^64, from which ``shift`` takes exponents; what is 0 stays so.
@@ -108,21 +108,44 @@ INLINE __m512i unit_of(__m512i codes, __m512i shift, int j) {
     return _mm512_subs_epu16(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(begins, codes), table), shift);
 }
 
-// A page of packed keys. Returns 0 if a scale is none that a shift serves.
-static int turn_codes(int32_t *units, const uint8_t *page, const Keys *keys) {
+// The same of 4: E4M3, two of them in the lower bytes of a lane's halves. Its fields are moved, and the bits of 0 .. 7
+// times 2^-9, the subnormal numbers, are in a table.
+INLINE __m512i fp8_unit_of(__m512i codes, __m512i shift, int j) {
+    static const uint16_t SMALL[32] = {0, 0x5b00, 0x5b80, 0x5bc0, 0x5c00, 0x5c20, 0x5c40, 0x5c60};
+    __m512i code = _mm512_and_si512(_mm512_srli_epi16(codes, 8 * j), _mm512_set1_epi16(0xff));
+    __m512i size = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    __m512i number = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16((120 + 64) << 7));
+    __mmask32 is_small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
+    number = _mm512_mask_permutexvar_epi16(number, is_small, size, _mm512_loadu_si512(SMALL));
+    __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(code, 7), 15);
+    return _mm512_or_si512(_mm512_subs_epu16(number, shift), sign);
+}
+
+// A page of packed keys. Returns 0 if a scale is none that a shift serves: one above 2^64, or that makes numbers
+// subnormal.
+INLINE int turn_codes_of(int32_t *units, const uint8_t *page, long J, int is_fp8) {
     const __m512i one = _mm512_set1_epi32(127 + 64);
+    const long per_group = is_fp8 ? 8 : 4, bytes = is_fp8 ? J : J / 2, least = is_fp8 ? 10 : 2;
     __m512i most = _mm512_setzero_si512(); // shift, unsigned: a scale above ``one`` wraps to the top
-    for (long g = 0; g < keys->J / INDEX_GROUP; g++)
+    for (long g = 0; g < J / INDEX_GROUP; g++)
         for (long e = 0; e < ENTRIES; e += LANES) {
-            __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(one, scales_at(page, e, g, keys->J)), 7);
+            __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(one, scales_at(page, e, g, bytes)), 7);
             most = _mm512_max_epu32(most, shift);
             shift = _mm512_or_si512(shift, _mm512_slli_epi32(shift, 16));
             int32_t *to = units + g * INDEX_GROUP / 2 * WIDE + e;
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++)
-                _mm512_storeu_si512(to + j * WIDE, unit_of(units_at(page, e, 4 * g + j / 4), shift, j % 4));
+            for (int j = 0; j < LANES; j++) {
+                __m512i codes = units_at(page, e, per_group * g + j * per_group / LANES);
+                __m512i pair = is_fp8 ? fp8_unit_of(codes, shift, j % 2) : unit_of(codes, shift, j % 4);
+                _mm512_storeu_si512(to + j * WIDE, pair);
+            }
         }
-    return !_mm512_cmpgt_epu32_mask(most, _mm512_set1_epi32((127 + 64 - 2) << 7));
+    return !_mm512_cmpgt_epu32_mask(most, _mm512_set1_epi32((127 + 64 - least) << 7));
+}
+
+static int turn_codes(int32_t *units, const uint8_t *page, const Keys *keys) {
+    if (keys->format == ROW_PACKED_FP8) return turn_codes_of(units, page, keys->J, 1);
+    return turn_codes_of(units, page, keys->J, 0);
 }
 #endif
 
@@ -136,7 +159,7 @@ static void read_key(int32_t *to, const uint8_t *page, long e, float *values, co
         memcpy(to, row, 2 * J);
         return;
     }
-    if (is_in_columns(keys->format, J)) index_entry_read(key, page, e, ENTRIES, J);
+    if (is_in_columns(keys->format, J)) index_entry_read(key, page, e, ENTRIES, keys->format, J);
     else index_row_read(key, row, keys->format, J);
     if (is_paired) write_row(to, 0, key, J, 1);
     for (long j = 0; j < J && keys->is_bfloat16 && !is_paired; j++) key[j] = rounded(key[j], 1);

@@ -2,7 +2,7 @@
 //
 // A page of keys is turned so that each lane of a vector is an entry: a score is formed in one lane, over channels and
 // then heads in their order, whatever stands beside it. Queries of one sequence share the turned pages, and each keeps
-// few candidates while it goes through them. Packed keys, where they are many, are bounded first, and only candidates
+// few candidates while it goes through them. FP4 keys, where they are many, are bounded first, and only candidates
 // scored.
 #include "bounds.h"
 #include "candidates.h"
@@ -139,7 +139,7 @@ static void score_entries(Room *room, long t, const int32_t *entry, long n, int3
     for (long i = 0; i < round_up(n, ENTRIES); i++) { // the last one again to fill a page
         long e = entry[i < n ? i : n - 1];
         uint8_t *to = room->gathered + i / ENTRIES * ENTRIES * bytes;
-        copy_entry(to, i % ENTRIES, page_of(room, e / ENTRIES), e % ENTRIES, ENTRIES, J);
+        copy_entry(to, i % ENTRIES, page_of(room, e / ENTRIES), e % ENTRIES, ENTRIES, job->keys.format, J);
     }
     for (long i = 0; i < n; i += ENTRIES) turn_page(&room->columns, i, room->gathered + i * bytes, &job->keys);
     vec score[WIDE / LANES];
@@ -262,7 +262,7 @@ static void choose(Room *room, long first, long count, long page, long end) {
     }
     if (page >= end) return;
     int is_alone = room->tile.queries == 1;
-    int is_bounded = BOUNDED && is_coded(&job->keys) && room->tile.heads == 1 &&
+    int is_bounded = BOUNDED && is_coded(&job->keys) && job->keys.format == ROW_PACKED && room->tile.heads == 1 &&
                      (end - page) * ENTRIES > (is_alone ? FEW : MANY) * job->P;
     if (is_bounded && !is_alone) room->tile.queries = BOUND_ROWS;
     read_queries(room, is_bounded);

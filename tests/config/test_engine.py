@@ -22,7 +22,7 @@ def problems(start, **changes) -> list[str]:
         ("step_tokens", [0, -8, "2048"], "a whole number of at least 1"),
         ("max_context", [1, 0, 4096.0], "a whole number of at least 2"),
         ("cache_bytes", [0, 1e9, None], "a whole number of at least 1"),
-        ("cache_format", ["fp8", None, 4], "one of float32, bfloat16, packed, auto"),
+        ("cache_format", ["fp8", None, 4], "one of float32, bfloat16, packed, packed-fp8, auto"),
         ("numerics", ["exact", None], "one of fast, invariant"),
         ("draft_tokens", [-1, 5, 1.0, None], "a whole number from 0 to 4"),
         ("prefix", [None, True], "PrefixLimits"),

@@ -3,10 +3,13 @@
 Their engines get no more memory than they need: the default is a GiB, which takes a second to make.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import dsv4
+from dsv4.checkpoint.convert import convert
 from dsv4.config.engine import Limits
 from dsv4.data.tokenizer import num_ids, train_tokenizer
 from dsv4.testing.toys import flash_like, tiny_model, toy_model
@@ -49,6 +52,16 @@ def tiny_saved(tiny, tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny") / "model"
     dsv4.save_model(tiny, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """A toy as the release is stored, whose widths are whole groups of codes."""
+    root, config = tmp_path_factory.mktemp("released"), flash_like()
+    config = replace(config, hidden_size=96, moe=replace(config.moe, expert_dim=64))
+    dsv4.save_model(toy_model(config), root / "float32")
+    convert(root / "float32", root / "instruct", "instruct")
+    return root / "instruct"
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,12 @@
 """An engine whose experts lie in files says what it says with experts in memory, whatever the pool."""
 
-from dataclasses import replace
-
 import pytest
 
 import dsv4
 from dsv4 import native
-from dsv4.checkpoint.convert import convert
 from dsv4.config.engine import Limits
 from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
-from dsv4.testing.toys import flash_like, toy_model
 
 SLOT = 10560  # bytes of one of the toy's experts
 PACKED_SLOT = 3 * (96 * 64 // 2 + 96 * 64 // 32)  # and of one in FP4, as wide as groups of 32 make it
@@ -24,16 +20,6 @@ def directory(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "toy"
     dsv4.save_model(model, directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    """A toy as the release is stored, whose widths are whole groups of codes."""
-    root, config = tmp_path_factory.mktemp("released"), flash_like()
-    config = replace(config, hidden_size=96, moe=replace(config.moe, expert_dim=64))
-    dsv4.save_model(toy_model(config), root / "float32")
-    convert(root / "float32", root / "instruct", "instruct")
-    return root / "instruct"
 
 
 def run(model, prompts, limits):

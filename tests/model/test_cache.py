@@ -13,7 +13,7 @@ from dsv4.testing.toys import flash_like, pro_like, toy_model
 LENGTH = 300  # more than two pages and the window many times over
 PAGES = [[5, 1, 2], [0, 4, 3]]
 SLOTS = [2, 0]
-FORMATS = ["float32", "bfloat16", "packed"]
+FORMATS = ["float32", "bfloat16", "packed", "packed-fp8"]
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler here")
 
 

@@ -48,7 +48,7 @@ CONFIGS = {
     # float32 has no tensor cores here, and twice the bytes.
     "float32": Config(16, 16, 64, 4, 1),
 }
-CHOICES: dict[str, str] = {"packed": "deep", "bfloat16": "narrow", "float32": "small"}
+CHOICES: dict[str, str] = {"packed": "deep", "packed-fp8": "deep", "bfloat16": "narrow", "float32": "small"}
 """The configuration of each row format, unless q is float32."""
 MOST_DEEP = 512  # channels for which three stages fit
 PIECE_KEYS = 512  # entries of a piece

@@ -9,10 +9,10 @@ largest of each 16, a second one finds the best of those where there are many, a
 
 In a long prompt 32 queries share a tile of keys in shared memory, and products are the limit. Where queries are few,
 each streams the keys, spread over ``triton_scores.SPLITS`` programs, a number that C alone bounds: at a million tokens
-one query reads 64 MiB of keys in bfloat16, 14 us at 4.8 TB/s, beside 5 us of products, and 17 MiB of packed ones, which
-take longer to unpack than to read. Which of both ways a score is computed changes no bit of it (``triton_scores.py``),
-and the choice among scores is exact, so that a query's picks hang neither on the other queries nor on how the entries
-were spread.
+one query reads 64 MiB of keys in bfloat16, 14 us at 4.8 TB/s, beside 5 us of products, 33 MiB of FP8 ones, and 17 MiB
+of FP4 ones, which take longer to unpack than to read. Which of both ways a score is computed changes no bit of it
+(``triton_scores.py``), and the choice among scores is exact, so that a query's picks hang neither on the other queries
+nor on how the entries were spread.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from dsv4.ops.lowbit.triton_codes import bits_of, factor_of, number_of, raw_bits, value_of
-from dsv4.ops.rows.formats import INDEX_GROUP, RowFormat
+from dsv4.ops.rows.formats import INDEX_GROUP, RowFormat, is_packed
 
 FOLD = 16  # entries that are first represented by their largest score
 PAGE_ENTRIES = 32  # of a page of keys
@@ -58,15 +58,15 @@ FEW = 64  # up to so many queries, each streams the keys by itself
 FEW_GROUP = 8  # queries that a program then takes one after the other
 SPLITS = 256  # programs over which the entries then are spread: two for each multiprocessor of an H200, or nearly
 
-Layout = Literal["rows", "pages", "fp4-columns", "fp4-rows"]
+Layout = Literal["rows", "pages", "fp4-columns", "fp4-rows", "fp8-columns", "fp8-rows"]
 
 
 class Keys(NamedTuple):
     """Where keys lie. data: as kernels read it; table: [slots, n] int32; num_entries: of the longest sequence, C.
 
     layout: ``rows``, data [B, C, J]; else pages of 32 entries, whose numbers the table has: ``pages`` of rows,
-    ``fp4-columns`` of packed keys as words, with the pages as bytes for their scales, ``fp4-rows`` of packed keys in
-    rows of bytes. Without table or scales, data stands in.
+    ``fp4-columns`` and ``fp8-columns`` of packed keys as words, with the pages as bytes for their scales, ``fp4-rows``
+    and ``fp8-rows`` of packed keys in rows of bytes. Without table or scales, data stands in.
     """
 
     data: torch.Tensor
@@ -186,7 +186,7 @@ def _load_keys(
     channel = tl.arange(0, BLOCK_J)
     is_in = (entry < end)[:, None] & (channel < CHANNELS)[None, :]
     slot = slot.to(tl.int64)
-    if LAYOUT == "fp4-columns":
+    if LAYOUT == "fp4-columns" or LAYOUT == "fp8-columns":
         return _load_columns(
             keys_ptr, scales_ptr, table_ptr + slot * table_width, first, end, DTYPE, LAYOUT, CHANNELS, BLOCK_J, BLOCK_N
         )
@@ -195,7 +195,7 @@ def _load_keys(
     else:
         page = tl.load(table_ptr + slot * table_width + entry // _PAGE_ENTRIES, mask=entry < end, other=0)
         row = page.to(tl.int64) * _PAGE_ENTRIES + entry % _PAGE_ENTRIES
-    if LAYOUT == "fp4-rows":
+    if LAYOUT == "fp4-rows" or LAYOUT == "fp8-rows":
         is_fp4: tl.constexpr = LAYOUT == "fp4-rows"
         num_bytes: tl.constexpr = (CHANNELS + 1) // 2 if is_fp4 else CHANNELS
         bytes_ptr = keys_ptr + row[:, None] * (num_bytes + (CHANNELS + _INDEX_GROUP - 1) // _INDEX_GROUP)
@@ -242,6 +242,10 @@ def _load_columns(
         c, g = _scaled(_e2m1_pair(words, 8), 2.0**126, factors, DTYPE)
         d, h = _scaled(_e2m1_pair(words, 12), 2.0**126, factors, DTYPE)
         values = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    else:
+        a, b = _scaled(_e4m3_pair(words << 8), 2.0**120, factors, DTYPE)  # the order of UNIT_ORDER
+        c, d = _scaled(_e4m3_pair(words), 2.0**120, factors, DTYPE)
+        values = tl.join(tl.join(a, c), tl.join(b, d))
     shape: tl.constexpr = (BLOCK_N // _PAGE_ENTRIES, BLOCK_J // codes, _PAGE_ENTRIES, codes)
     values = tl.permute(tl.reshape(values, shape), (0, 2, 1, 3))  # [p, 32, u, codes]
     return tl.reshape(values, (BLOCK_N, BLOCK_J))
@@ -255,6 +259,12 @@ def _e2m1_pair(words, first: tl.constexpr):
     """
     size = words << (6 - first) if first <= 6 else words >> (first - 6)
     return size & 0x01C001C0 | (words << (12 - first)) & -0x7FFF8000
+
+
+@triton.jit
+def _e4m3_pair(words):
+    """The same of the codes in bits 8 to 15 and 24 to 31, over 2^120. No key has the code of NaN."""
+    return (words >> 4) & 0x07F007F0 | words & -0x7FFF8000
 
 
 @triton.jit
@@ -375,11 +385,12 @@ def rows_of(k: torch.Tensor) -> Keys:
 def pages_of(pages: torch.Tensor, table: torch.Tensor, row_format: RowFormat, q: torch.Tensor) -> Keys:
     """Return keys in pages, [pages, 32, bytes] uint8, as kernels find them for q [n, I, J]."""
     num_entries = table.shape[1] * PAGE_ENTRIES
-    if row_format == "packed":
+    if is_packed(row_format):
+        is_fp4 = row_format == "packed"
         if q.shape[2] % INDEX_GROUP:
-            return Keys(pages, pages, table, num_entries, "fp4-rows")
+            return Keys(pages, pages, table, num_entries, "fp4-rows" if is_fp4 else "fp8-rows")
         words = pages.flatten(1).view(torch.int32)
-        return Keys(words, pages, table, num_entries, "fp4-columns")
+        return Keys(words, pages, table, num_entries, "fp4-columns" if is_fp4 else "fp8-columns")
     data = pages.view(torch.float32 if row_format == "float32" else torch.bfloat16)
     data = data if data.dtype == q.dtype else raw_bits(data)
     return Keys(data, data, table, num_entries, "pages")

@@ -101,10 +101,10 @@ def encode(x: torch.Tensor, group: int, code: Code) -> tuple[torch.Tensor, torch
     parts = grouped(x.float(), group)
     scales = _scales(parts.abs().nan_to_num().amax(dim=-1), code)
     scaled = parts * _inverses(scales)[..., None]
-    if code is E4M3:
-        return _ungrouped(_e4m3_codes(scaled), x.shape[-1]), scales
-    scales = scales.masked_fill(parts.isnan().any(dim=-1), NAN_SCALE)
-    return _ungrouped(_e2m1_codes(scaled), x.shape[-1]), scales
+    codes = _e2m1_codes(scaled) if code is E2M1 else _e4m3_codes(scaled)
+    if not code.has_nan:
+        scales = scales.masked_fill(parts.isnan().any(dim=-1), NAN_SCALE)
+    return _ungrouped(codes, x.shape[-1]), scales
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, group: int, code: Code) -> torch.Tensor:
@@ -203,7 +203,7 @@ def _e2m1_codes(scaled: torch.Tensor) -> torch.Tensor:
 
 def _values(codes: torch.Tensor, code: Code) -> torch.Tensor:
     """The values of codes, signs included, as float32."""
-    if code is E4M3:
+    if code is not E2M1:
         return codes.view(torch.float8_e4m3fn).float()
     table = torch.tensor([*code.values, *(-value for value in code.values)], device=codes.device)
     return table[codes.int()]

@@ -123,7 +123,7 @@ def encode(row: list[float], group: int, code: Code) -> tuple[list[int], list[in
         scale = scale_of(values, code)
         codes += [nearest(value / power(scale), code) for value in values]
         has_nan = any(math.isnan(value) for value in values)
-        scales.append(NAN_SCALE if has_nan and code is E2M1 else scale)
+        scales.append(NAN_SCALE if has_nan and not code.has_nan else scale)
     return codes, scales
 
 

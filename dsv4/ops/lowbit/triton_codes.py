@@ -62,14 +62,14 @@ def cast_exact(y, dtype: tl.constexpr):
 
 
 @triton.jit
-def scale_of(most, IS_FP4: tl.constexpr):
+def scale_of(most, IS_FP4: tl.constexpr, IS_KEY: tl.constexpr = False):
     """The E8M0 scale of a group by the bits of its largest size: exponents less, and one more if the mantissa is above.
 
-    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126.
+    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126 in FP4 and in keys.
     """
     above: tl.constexpr = 0x3FFFFF if IS_FP4 else 0x1FFFFF  # what carries into the exponent from such a mantissa up
     most = tl.minimum(most, _MOST)  # of an infinite one
-    return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 else 105)
+    return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 or IS_KEY else 105)
 
 
 @triton.jit
@@ -143,11 +143,11 @@ def factor_of(scale):
 
 
 @triton.jit
-def group_scales(bits, IS_FP4: tl.constexpr):
-    """The scales of groups [G, WIDTH], [G]: of those with a NaN, 255 in E2M1, to be stored; and one to divide by."""
-    scale = scale_of(most_of(bits, 1), IS_FP4)
+def group_scales(bits, IS_FP4: tl.constexpr, IS_KEY: tl.constexpr = False):
+    """The scales of groups [G, WIDTH], [G]: one to divide by; and one to store, 255 for a NaN without a code."""
+    scale = scale_of(most_of(bits, 1), IS_FP4, IS_KEY)
     stored = scale
-    if IS_FP4:
+    if IS_FP4 or IS_KEY:
         stored = tl.where(tl.max(bits & _ABS, axis=1) > _INF, 255, scale)
     return scale, stored
 

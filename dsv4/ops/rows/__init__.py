@@ -6,8 +6,17 @@ nothing is lost on a row that was so rounded:
     a row of K channels, the last R rotary:   K - R E4M3 codes | R bfloat16 | E8M0 scales, zeros to 8 bytes
     an indexer key of J channels:             J E2M1 codes, the low nibble the even channel | E8M0 scales
 
+``packed-fp8`` has the same rows, and keys of more bits, for models whose keys are not rounded to FP4 anyway:
+
+    an indexer key of J channels:             J E4M3 codes | E8M0 scales
+
 A group of 64 channels shares a scale in rows, of 32 in keys: the least power of two by which the largest of them fits
-under 448 or 6, and at least that of 1e-4 or 6 x 2^-126. Rounding is to nearest, ties to even.
+under 448 or 6, and at least 2^-22 in rows, that of 1e-4, and 2^-126 in keys. Rounding is to nearest, ties to even. In
+rows a NaN has a code of its own; in keys it makes one of its whole group, by the scale, and no code needs looking at.
+
+A value of E2M1 times a power of two is one of E4M3 times another, and the least scale is as small: an FP8 key holds any
+FP4 key to the bit. So a model in released precision chooses the same entries with either, and another one keeps four
+significant bits of each channel where FP4 leaves two.
 """
 
 from __future__ import annotations
@@ -19,13 +28,14 @@ import torch
 from dsv4.device import is_accelerator
 from dsv4.ops.backend import Backend, pick
 from dsv4.ops.rows import native, portable, reference
-from dsv4.ops.rows.formats import RowFormat, index_places, index_row_bytes, row_bytes
+from dsv4.ops.rows.formats import RowFormat, index_places, index_row_bytes, is_packed, row_bytes
 from dsv4.ops.shapes import check_floating
 
 __all__ = [
     "RowFormat",
     "check_format",
     "index_row_bytes",
+    "is_packed",
     "pack",
     "pack_index",
     "read_index_pages",
@@ -123,7 +133,7 @@ def _check_values(x: torch.Tensor, row_format: str) -> None:
     check_floating("x", x)
     if x.dim() == 0:
         raise ValueError("x has shape []; expected [..., channels]")
-    if row_format == "packed" and not is_accelerator(x.device) and bool(x.isnan().any()):  # to look would wait for it
+    if is_packed(row_format) and not is_accelerator(x.device) and bool(x.isnan().any()):  # to look would wait for it
         raise ValueError(f"x holds {int(x.isnan().sum())} NaN; expected numbers in a packed row")
 
 

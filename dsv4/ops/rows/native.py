@@ -8,7 +8,7 @@ from dsv4 import native
 from dsv4.ops.rows import portable
 from dsv4.ops.rows.formats import RowFormat, index_row_bytes, row_bytes
 
-FORMATS = {"float32": 0, "bfloat16": 1, "packed": 2}  # as native/rows.h numbers them
+FORMATS = {"float32": 0, "bfloat16": 1, "packed": 2, "packed-fp8": 3}  # as native/rows.h numbers them
 
 
 def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tensor:

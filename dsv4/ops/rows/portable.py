@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from dsv4.ops.lowbit.portable import decode, encode, join_nibbles, split_nibbles
-from dsv4.ops.lowbit.tables import E2M1, E4M3
-from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, RowFormat, row_bytes
+from dsv4.ops.lowbit.tables import E2M1, E4M3, E4M3_KEY
+from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, RowFormat, index_code_bytes, is_packed, row_bytes
 
 
 def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tensor:
     """See ``dsv4.ops.rows.pack``."""
-    if row_format != "packed":
+    if not is_packed(row_format):
         return _plain_bytes(x, row_format)
     plain, rotary = x.float().tensor_split([x.shape[-1] - rotary_dims], dim=-1)
     codes, scales = encode(plain, ROW_GROUP, E4M3)
@@ -22,7 +22,7 @@ def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tens
 
 def unpack(rows: torch.Tensor, row_format: RowFormat, channels: int, rotary_dims: int) -> torch.Tensor:
     """See ``dsv4.ops.rows.unpack``; float32."""
-    if row_format != "packed":
+    if not is_packed(row_format):
         return _plain_values(rows, row_format)
     plain = channels - rotary_dims
     num_scales = -(-plain // ROW_GROUP)
@@ -33,18 +33,21 @@ def unpack(rows: torch.Tensor, row_format: RowFormat, channels: int, rotary_dims
 
 def pack_index(x: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
     """See ``dsv4.ops.rows.pack_index``."""
-    if row_format != "packed":
+    if not is_packed(row_format):
         return _plain_bytes(x, row_format)
-    codes, scales = encode(x, INDEX_GROUP, E2M1)
-    return torch.cat([join_nibbles(codes), scales], dim=-1)
+    is_fp8 = row_format == "packed-fp8"
+    codes, scales = encode(x, INDEX_GROUP, E4M3_KEY if is_fp8 else E2M1)
+    return torch.cat([codes if is_fp8 else join_nibbles(codes), scales], dim=-1)
 
 
 def unpack_index(rows: torch.Tensor, row_format: RowFormat, channels: int) -> torch.Tensor:
     """See ``dsv4.ops.rows.unpack_index``; float32."""
-    if row_format != "packed":
+    if not is_packed(row_format):
         return _plain_values(rows, row_format)
-    nibbles, scales = rows.tensor_split([-(-channels // 2)], dim=-1)
-    return decode(split_nibbles(nibbles, channels), scales, INDEX_GROUP, E2M1)
+    codes, scales = rows.tensor_split([index_code_bytes(row_format, channels)], dim=-1)
+    if row_format == "packed-fp8":
+        return decode(codes.contiguous(), scales, INDEX_GROUP, E4M3_KEY)
+    return decode(split_nibbles(codes, channels), scales, INDEX_GROUP, E2M1)
 
 
 def _plain_bytes(x: torch.Tensor, row_format: RowFormat) -> torch.Tensor:

@@ -9,8 +9,16 @@ from collections.abc import Callable
 import torch
 
 from dsv4.ops.lowbit.reference import decode, encode
-from dsv4.ops.lowbit.tables import E2M1, E4M3
-from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, RowFormat, index_row_bytes, row_bytes
+from dsv4.ops.lowbit.tables import E2M1, E4M3, E4M3_KEY
+from dsv4.ops.rows.formats import (
+    INDEX_GROUP,
+    ROW_GROUP,
+    RowFormat,
+    index_code_bytes,
+    index_row_bytes,
+    is_packed,
+    row_bytes,
+)
 
 
 def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tensor:
@@ -22,7 +30,7 @@ def pack(x: torch.Tensor, row_format: RowFormat, rotary_dims: int) -> torch.Tens
         written = bytes(codes) + _plain_bytes(row[plain:], "bfloat16") + bytes(scales)
         return written.ljust(num_bytes, b"\0")
 
-    return _each_row(x, num_bytes, packed if row_format == "packed" else lambda row: _plain_bytes(row, row_format))
+    return _each_row(x, num_bytes, packed if is_packed(row_format) else lambda row: _plain_bytes(row, row_format))
 
 
 def unpack(rows: torch.Tensor, row_format: RowFormat, channels: int, rotary_dims: int) -> torch.Tensor:
@@ -34,7 +42,7 @@ def unpack(rows: torch.Tensor, row_format: RowFormat, channels: int, rotary_dims
         return decode(list(row[:plain]), list(scales), ROW_GROUP, E4M3) + _plain_values(rotary, "bfloat16")
 
     return _each_value(
-        rows, channels, unpacked if row_format == "packed" else lambda row: _plain_values(row, row_format)
+        rows, channels, unpacked if is_packed(row_format) else lambda row: _plain_values(row, row_format)
     )
 
 
@@ -42,24 +50,29 @@ def pack_index(x: torch.Tensor, row_format: RowFormat) -> torch.Tensor:
     """See ``dsv4.ops.rows.pack_index``."""
 
     def packed(row: list[float]) -> bytes:
+        if row_format == "packed-fp8":
+            codes, scales = encode(row, INDEX_GROUP, E4M3_KEY)
+            return bytes(codes) + bytes(scales)
         codes, scales = encode(row, INDEX_GROUP, E2M1)
         codes += [0] * (len(row) % 2)
         return bytes(low | high << 4 for low, high in zip(codes[0::2], codes[1::2], strict=True)) + bytes(scales)
 
     num_bytes = index_row_bytes(row_format, x.shape[-1])
-    return _each_row(x, num_bytes, packed if row_format == "packed" else lambda row: _plain_bytes(row, row_format))
+    return _each_row(x, num_bytes, packed if is_packed(row_format) else lambda row: _plain_bytes(row, row_format))
 
 
 def unpack_index(rows: torch.Tensor, row_format: RowFormat, channels: int) -> torch.Tensor:
     """See ``dsv4.ops.rows.unpack_index``; float32."""
-    num_bytes = -(-channels // 2)
+    num_bytes = index_code_bytes(row_format, channels)
 
     def unpacked(row: bytes) -> list[float]:
+        if row_format == "packed-fp8":
+            return decode(list(row[:num_bytes]), list(row[num_bytes:]), INDEX_GROUP, E4M3_KEY)
         codes = [code for byte in row[:num_bytes] for code in (byte % 16, byte // 16)][:channels]
         return decode(codes, list(row[num_bytes:]), INDEX_GROUP, E2M1)
 
     return _each_value(
-        rows, channels, unpacked if row_format == "packed" else lambda row: _plain_values(row, row_format)
+        rows, channels, unpacked if is_packed(row_format) else lambda row: _plain_values(row, row_format)
     )
 
 

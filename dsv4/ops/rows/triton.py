@@ -123,7 +123,7 @@ def _pack_index(
     channel = tl.arange(0, WIDTH)[None, :]
     given = tl.load(own[:, None] + channel, mask=is_row[:, None] & (channel < J), other=0)
     to, _ = _rows_of(rows, num_rows, NUM_BYTES, N)
-    store_keys(to, is_row, tl.zeros((N,), dtype=tl.int32), number_of(bits_of(given)), N, WIDTH, J, 1, FORMAT)
+    store_keys(to, is_row, tl.zeros((N,), dtype=tl.int32), number_of(bits_of(given)), N, WIDTH, J, 0, FORMAT)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -133,6 +133,6 @@ def _unpack_index(
 ):  # fmt: skip
     own, is_row = _rows_of(rows, num_rows, NUM_BYTES, N)
     to, _ = _rows_of(x, num_rows, J, N)
-    values = load_keys(own, is_row, tl.zeros((N,), dtype=tl.int32), WIDTH, J, 1, FORMAT, N)
+    values = load_keys(own, is_row, tl.zeros((N,), dtype=tl.int32), WIDTH, J, 0, FORMAT, N)
     channel = tl.arange(0, WIDTH)[None, :]
     tl.store(to[:, None] + channel, values, mask=is_row[:, None] & (channel < J))

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from dsv4.ops.lowbit.triton_codes import bits_of, code_of, factor_of, group_scales, number_of, value_of
-from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, UNIT
+from dsv4.ops.rows.formats import INDEX_GROUP, ROW_GROUP, UNIT, is_packed
 
+_is_packed = triton.constexpr_function(is_packed)
 _GROUP = tl.constexpr(ROW_GROUP)
 _INDEX_GROUP = tl.constexpr(INDEX_GROUP)
 _UNIT = tl.constexpr(UNIT)
@@ -33,7 +34,7 @@ _INF = tl.constexpr(0x7F800000)
 def load_scales(rows, is_row, K: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr):
     """What ``load_channels`` wants to know of rows [N] before all else: their first eight scales in one number, [N]."""
     at: tl.constexpr = K + R
-    if FORMAT == "packed" and at % 8 == 0 and K > R:
+    if _is_packed(FORMAT) and at % 8 == 0 and K > R:
         return tl.load((rows + at).to(tl.pointer_type(tl.int64)), mask=is_row, other=0)
     else:
         return tl.zeros(rows.shape, dtype=tl.int64)
@@ -49,7 +50,7 @@ def load_channels(
     rows: [N] pointers to bytes; scales: of ``load_scales``. WIDTH divides 64 and FIRST, so that a row has one scale in
     what is read.
     """
-    plain: tl.constexpr = K - R if FORMAT == "packed" else 0
+    plain: tl.constexpr = K - R if _is_packed(FORMAT) else 0
     if plain >= FIRST + WIDTH:
         return _coded(rows, is_row, scales, FIRST, WIDTH, K, R).to(dtype)
     elif plain <= FIRST:
@@ -82,7 +83,7 @@ def _stored(
     K: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The channels among these that are stored as float32 or bfloat16, in ``dtype``."""
-    plain: tl.constexpr = K - R if FORMAT == "packed" else 0
+    plain: tl.constexpr = K - R if _is_packed(FORMAT) else 0
     channel = FIRST + tl.arange(0, WIDTH)[None, :]
     is_in = is_row[:, None]
     if plain > FIRST or FIRST + WIDTH > K:
@@ -110,7 +111,7 @@ def store_rows(
 
     WIDTH is a power of two. Every byte of a row is written.
     """
-    plain: tl.constexpr = K - R if FORMAT == "packed" else 0
+    plain: tl.constexpr = K - R if _is_packed(FORMAT) else 0
     channel = tl.arange(0, WIDTH)[None, :]
     bits = bits_of(x)
     is_in = is_row[:, None] & (channel >= plain) & (channel < K)
@@ -155,10 +156,18 @@ def _half(bits):
 @triton.jit
 def key_bytes(J: tl.constexpr, FORMAT: tl.constexpr):
     """The bytes of a key, as ``index_row_bytes`` has them."""
-    if FORMAT == "packed":
-        return (J + 1) // 2 + (J + _INDEX_GROUP - 1) // _INDEX_GROUP
+    if _is_packed(FORMAT):
+        return _code_bytes(J, FORMAT) + (J + _INDEX_GROUP - 1) // _INDEX_GROUP
     else:
         return J * (4 if FORMAT == "float32" else 2)
+
+
+@triton.jit
+def _code_bytes(J: tl.constexpr, FORMAT: tl.constexpr):
+    if FORMAT == "packed-fp8":
+        return J
+    else:
+        return (J + 1) // 2
 
 
 @triton.jit
@@ -168,20 +177,21 @@ def load_keys(
 ):  # fmt: skip
     """Keys of pages as they lie there (``rows.formats.index_places``), [N, WIDTH] float32; zero from J on.
 
-    pages: [N] pointers to the first byte of the page of each; entry: [N], below ENTRIES. A list of rows is one of pages
-    of one key. WIDTH is a power of two, at least 2.
+    pages: [N] pointers to the first byte of the page of each; entry: [N], below ENTRIES, of which
+    there are 0 in a list of rows. WIDTH is a power of two, at least 2.
     """
     channel = tl.arange(0, WIDTH)[None, :]
     is_in = is_key[:, None] & (channel < J)
-    if FORMAT == "packed":
+    if _is_packed(FORMAT):
+        is_fp4: tl.constexpr = FORMAT == "packed"
         group: tl.constexpr = _INDEX_GROUP if WIDTH > _INDEX_GROUP else WIDTH
-        byte, scale_at = _key_places(entry, N, WIDTH, J, ENTRIES, group)
-        is_byte = is_key[:, None] & (tl.arange(0, WIDTH // 2)[None, :] < (J + 1) // 2)
-        is_group = is_key[:, None] & (tl.arange(0, WIDTH // group)[None, :] < (J + group - 1) // group)
-        pair = tl.load(pages[:, None] + byte, mask=is_byte, other=0).to(tl.int32)
+        byte, is_byte, scale_at, is_group = _key_places(entry, is_key, N, WIDTH, J, ENTRIES, group, FORMAT)
+        code = tl.load(pages[:, None] + byte, mask=is_byte, other=0).to(tl.int32)
         scale = tl.load(pages[:, None] + scale_at, mask=is_group, other=0).to(tl.int32)
-        code = tl.reshape(tl.join(pair & 15, pair >> 4), (N * WIDTH // group, group))
-        value = value_of(code, True) * tl.reshape(factor_of(scale), (N * WIDTH // group, 1))
+        if is_fp4:
+            code = tl.join(code & 15, code >> 4)
+        code = tl.reshape(code, (N * WIDTH // group, group))
+        value = value_of(code, is_fp4) * tl.reshape(factor_of(scale), (N * WIDTH // group, 1))
         return tl.where(is_in, tl.reshape(value, (N, WIDTH)), 0.0)
     else:
         keys = (pages + entry * key_bytes(J, FORMAT))[:, None]
@@ -201,16 +211,19 @@ def store_keys(
     channel = tl.arange(0, WIDTH)[None, :]
     is_in = is_key[:, None] & (channel < J)
     bits = bits_of(x)
-    if FORMAT == "packed":
+    if _is_packed(FORMAT):
+        is_fp4: tl.constexpr = FORMAT == "packed"
         group: tl.constexpr = _INDEX_GROUP if WIDTH > _INDEX_GROUP else WIDTH
-        byte, scale_at = _key_places(entry, N, WIDTH, J, ENTRIES, group)
-        is_byte = is_key[:, None] & (tl.arange(0, WIDTH // 2)[None, :] < (J + 1) // 2)
-        is_group = is_key[:, None] & (tl.arange(0, WIDTH // group)[None, :] < (J + group - 1) // group)
+        byte, is_byte, scale_at, is_group = _key_places(entry, is_key, N, WIDTH, J, ENTRIES, group, FORMAT)
         bits = tl.reshape(tl.where(channel < J, bits, 0), (N * WIDTH // group, group))
-        scale, stored = group_scales(bits, True)
-        code = code_of(bits, scale[:, None], True)
-        low, high = tl.split(tl.reshape(code, (N, WIDTH // 2, 2)))
-        tl.store(pages[:, None] + byte, (low | high << 4).to(tl.uint8), mask=is_byte)
+        scale, stored = group_scales(bits, is_fp4, True)
+        code = code_of(bits, scale[:, None], is_fp4)
+        if is_fp4:
+            low, high = tl.split(tl.reshape(code, (N, WIDTH // 2, 2)))
+            code = low | high << 4
+        else:
+            code = tl.reshape(code, (N, WIDTH))
+        tl.store(pages[:, None] + byte, code.to(tl.uint8), mask=is_byte)
         stored = tl.reshape(stored, (N, WIDTH // group)).to(tl.uint8)
         tl.store(pages[:, None] + scale_at, stored, mask=is_group)
     else:
@@ -223,18 +236,25 @@ def store_keys(
 
 @triton.jit
 def _key_places(
-    entry, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, ENTRIES: tl.constexpr, GROUP: tl.constexpr
-):
-    """Where in its page the bytes of a packed key lie, [N, WIDTH / 2], and its scales, [N, WIDTH / GROUP].
+    entry, is_key, N: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, ENTRIES: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Where in its page the bytes of codes of a packed key lie, and its scales, each with which of them there are.
 
-    In columns, or as a row, which is a page of one key in columns.
+    [N, WIDTH / codes of a byte] and [N, WIDTH / GROUP]. In columns, or as a row.
     """
-    codes: tl.constexpr = (J + 1) // 2
-    byte = tl.arange(0, WIDTH // 2)[None, :]
+    codes: tl.constexpr = _code_bytes(J, FORMAT)
+    byte = tl.arange(0, WIDTH // 2 if FORMAT == "packed" else WIDTH)[None, :]
     group = tl.arange(0, WIDTH // GROUP)[None, :]
-    if J == J // _INDEX_GROUP * _INDEX_GROUP:
+    is_byte = is_key[:, None] & (byte < codes)
+    is_group = is_key[:, None] & (group < (J + GROUP - 1) // GROUP)
+    if ENTRIES > 0 and J == J // _INDEX_GROUP * _INDEX_GROUP:
         own = entry[:, None]
-        return byte // _UNIT * (_UNIT * ENTRIES) + own * _UNIT + byte % _UNIT, (codes + group) * ENTRIES + own
+        inside = byte % _UNIT
+        if FORMAT == "packed-fp8":
+            inside = inside % 2 * 2 + inside // 2  # UNIT_ORDER
+        at = byte // _UNIT * (_UNIT * ENTRIES) + own * _UNIT + inside
+        return at, is_byte, (codes + group) * ENTRIES + own, is_group
     else:
-        row = (entry * key_bytes(J, "packed"))[:, None]
-        return row + byte, row + codes + group
+        row = (entry * key_bytes(J, FORMAT))[:, None]
+        return row + byte, is_byte, row + codes + group, is_group

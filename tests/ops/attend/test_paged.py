@@ -283,7 +283,7 @@ def test_the_same_bits_of_a_long_list_by_all_threads_together(dtype, ratio, row_
 def test_formats_that_lose_nothing_give_the_same_bits(dtype, K):
     """Rows on the grid of the packed format, as a released model makes them, in each format that holds them."""
     outputs = []
-    for row_format in FORMATS:
+    for row_format in (*FORMATS, "packed-fp8"):
         torch.manual_seed(7)
         world = World([150], row_format, dtype, (4, 5), K=K, R=6)
         grid = {"row_format": "packed", "rotary_dims": 6}
@@ -355,7 +355,7 @@ def given_for_errors():
         ("window", lambda _: 0, "window is 0; expected 1 to 12, the tokens of a ring"),
         ("window", lambda _: 13, "window is 13; expected 1 to 12, the tokens of a ring"),
         ("rotary_dims", lambda _: 22, "rotary_dims is 22; expected 0 to 21, the channels"),
-        ("row_format", lambda _: "fp8", "row_format is 'fp8'; expected one of float32, bfloat16, packed"),
+        ("row_format", lambda _: "fp8", "row_format is 'fp8'; expected one of float32, bfloat16, packed, packed-fp8"),
         ("places", lambda p: p._replace(slot=p.slot[1:]), r"places\.slot has shape \[8\]; expected \[9\]"),
         ("places", lambda p: p._replace(first=p.first.long()), r"places\.first has dtype torch\.int64"),
         ("places", lambda p: p._replace(table=p.table.t()), "ring has shape"),

@@ -61,7 +61,8 @@ def test_the_formula(row_format, kind):
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
 @pytest.mark.parametrize(
-    ("row_format", "kind"), [("float32", (128, None)), ("bfloat16", (0, None)), ("packed", (4, 5))]
+    ("row_format", "kind"),
+    [("float32", (128, None)), ("bfloat16", (0, None)), ("packed", (4, 5)), ("packed-fp8", (0, None))],
 )
 def test_the_formula_in_16_bits(dtype, kind, row_format):
     check(World(LENGTHS, row_format, dtype, kind), STEP)

@@ -15,7 +15,7 @@ from dsv4.ops.rope import rotate
 from dsv4.ops.rows import index_row_bytes, pack, pack_index, read_index_pages, row_bytes, unpack, unpack_index
 
 BACKENDS = ["reference", "portable", *(["native"] if native.available() else [])]
-FORMATS = ["float32", "bfloat16", "packed"]
+FORMATS = ["float32", "bfloat16", "packed", "packed-fp8"]
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = 1e-3
 POISON = 255  # bytes of a NaN in every format
@@ -138,6 +138,13 @@ def test_entries_are_those_of_the_contiguous_operations(backend, kind, is_index,
         assert (rest == POISON).all()
 
 
+def code_step(row_format, is_index):
+    """How far apart neighbouring codes are, or numbers of bfloat16."""
+    if not row_format.startswith("packed"):
+        return 2**-6
+    return 0.5 if is_index and row_format == "packed" else 2**-3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_index", [False, True])
@@ -148,7 +155,7 @@ def test_an_entry_is_rounded_when_pooled_normalised_rotated_and_stored(backend, 
         got, wanted = engine.values(engine.rows(slot)[: length // kind[0]]), engine.values(engine.wanted(slot))
         # Sums in another order seldom tip a rounding: to 8 bits, then in a coarser format to the next code.
         assert got.numel() == 0 or (got == wanted).float().mean() > 0.97
-        place = 2**-6 if row_format != "packed" else 0.5 if is_index else 2**-3
+        place = code_step(row_format, is_index)
         torch.testing.assert_close(got, wanted, rtol=place, atol=place)
 
 
@@ -166,6 +173,7 @@ def test_entries_rounded_as_released_lose_nothing_in_any_format(backend, kind, i
         count = length // kind[0]
         held = {row_format: engine.values(engine.rows(slot)[:count]) for row_format, engine in engines.items()}
         assert torch.equal(held["packed"], held["float32"])
+        assert torch.equal(held["packed-fp8"], held["float32"])
         assert torch.equal(held["bfloat16"], held["float32"])
         wanted = engines["float32"].values(engines["float32"].wanted(slot))
         assert count == 0 or (held["float32"] == wanted).float().mean() > 0.95
@@ -275,7 +283,7 @@ def test_no_tokens_change_nothing(backend):
         ({"cos": torch.zeros(1, 2).double()}, r"cos has dtype torch\.float64; expected torch\.float32"),
         ({"pages": torch.zeros(6, 32, 19, dtype=torch.uint8)}, r"pages has shape \[6, 32, 19\]; .*\[pages, 32, 20\]"),
         ({"pages": torch.zeros(6, 32, 20)}, r"pages has dtype torch\.float32 .*; expected contiguous uint8"),
-        ({"row_format": "fp8"}, "row_format is 'fp8'; expected one of float32, bfloat16, packed"),
+        ({"row_format": "fp8"}, "row_format is 'fp8'; expected one of float32, bfloat16, packed, packed-fp8"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of reference, portable"),
     ],
 )

@@ -7,7 +7,7 @@ from dsv4.ops.compress import paged_triton
 from dsv4.ops.compress.paged import compress_paged_
 from dsv4.ops.places import Closing, Places
 from tests.ops.compress import test_paged as shared
-from tests.ops.compress.test_paged import EPS, FORMATS, POISON, Engine, in_parts
+from tests.ops.compress.test_paged import EPS, FORMATS, POISON, Engine, code_step, in_parts
 from tests.ops.triton_lane import DEVICE
 
 # ratio, overlapped, entry width, rotary dims: fewer entries than the model's ratio of 4 has, which is in some tests
@@ -68,7 +68,7 @@ def test_entries_are_those_of_the_contiguous_operations(kind, is_index):
 @pytest.mark.parametrize("row_format", FORMATS)
 def test_an_entry_is_rounded_when_pooled_normalised_rotated_and_stored(kind, is_index, row_format):
     engine = OnDevice(kind, row_format, is_index=is_index, dtype=torch.bfloat16).run(*WHOLE)
-    assert_entries(engine, 2**-6 if row_format != "packed" else 0.5 if is_index else 2**-3)
+    assert_entries(engine, code_step(row_format, is_index))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def test_entries_are_rounded_as_released(kind, is_index, dtype):
     if dtype == torch.bfloat16:
         assert torch.equal(values["float32"], values["bfloat16"])
         assert torch.equal(values["float32"], values["packed"])
+        assert torch.equal(values["float32"], values["packed-fp8"])
     changed = (values["float32"] != plain.values(plain.rows(0)[: 135 // kind[0]])).float().mean()
     assert (changed > 0.3) == (is_index or kind[2] > kind[3])
 

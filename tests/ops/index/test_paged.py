@@ -12,7 +12,7 @@ from dsv4.ops.places import Places
 from dsv4.ops.rows import index_row_bytes, pack_index, read_index_pages, unpack_index, write_index_pages_
 
 BACKENDS = ["reference", "portable", *(["native"] if native.available() else [])]
-FORMATS = ["float32", "bfloat16", "packed"]
+FORMATS = ["float32", "bfloat16", "packed", "packed-fp8"]
 DTYPES = [torch.float32, torch.bfloat16]
 NUM_SLOTS = 5
 needs_native = pytest.mark.skipif(not native.available(), reason="no C compiler here")
@@ -212,22 +212,30 @@ def test_formats_that_hold_a_key_give_the_same_bits(dtype, width):
     queries, keys = made(step, 8, width, dtype)
     keys = [on_the_grid(*k.shape) for k in keys]
     picked = [Cache(keys, row_format).select(queries, step, 8, "native") for row_format in FORMATS]
-    assert torch.equal(picked[0], picked[1])
-    assert torch.equal(picked[0], picked[2])
+    assert all(torch.equal(chosen, picked[0]) for chosen in picked[1:])
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_packed_code_and_scale_reads_as_the_format_says(dtype):
-    cache = Cache([torch.zeros(1024, 64)], "packed")
-    codes, scales = torch.randint(256, (len(cache.pages), 32, 32)), torch.randint(90, 165, (len(cache.pages), 32, 2))
+@pytest.mark.parametrize("row_format", FORMATS[2:])
+@pytest.mark.parametrize(
+    ("scales", "factor", "bits"),
+    [((90, 165), 1.0, 255), ((120, 123), 1.0, 0x8F), ((2, 14), 2.0**100, 255), ((185, 200), 2.0**-60, 255)],
+)
+def test_every_packed_code_and_scale_reads_as_the_format_says(row_format, dtype, scales, factor, bits):
+    """FP8's subnormal codes among themselves, and scales by whose power of two bfloat16's bits are not moved."""
+    cache = Cache([torch.zeros(1024, 64)], row_format)
+    codes = torch.randint(256, (len(cache.pages), 32, 64 if row_format == "packed-fp8" else 32))
+    codes[codes % 128 == 127] = 126  # a NaN is one by its scale
+    codes &= bits
+    scales = torch.randint(*scales, (len(cache.pages), 32, 2))
     for page, rows in enumerate(torch.cat([codes, scales], dim=2).to(torch.uint8)):
         cache.write(torch.full((32,), page), torch.arange(32), rows)
     wide = Cache([torch.zeros(1024, 64)], "bfloat16")
     wide.table = cache.table
-    values = unpack_index(cache.rows(), row_format="packed", channels=64, dtype=torch.float32)
+    values = unpack_index(cache.rows(), row_format=row_format, channels=64, dtype=torch.float32)
     wide.pages = pack_index(values, row_format="bfloat16")
-    queries = [(torch.randn(4096, 4, 64).to(dtype), torch.randn(4096, 4))]
+    queries = [((torch.randn(4096, 4, 64) * factor).to(dtype), torch.randn(4096, 4))]
     step = [(0, 4000, 96)]
     assert torch.equal(cache.select(queries, step, 50, "native"), wide.select(queries, step, 50, "native"))
 
@@ -261,6 +269,10 @@ def test_bounds_leave_out_no_entry_that_is_picked(heads, width, num_picks):
     keys = [on_the_packed_grid(count, width) for count in (2150, 200)]
     for step in DEEP_STEPS:
         assert_packed_keys_choose_alike(queries, keys, step, num_picks)
+    fine = Cache(keys, "packed-fp8")  # of these there are no bounds
+    for step in DEEP_STEPS[:1]:
+        wanted = Cache(keys, "bfloat16").select(queries, step, num_picks, "native")
+        assert torch.equal(fine.select(queries, step, num_picks, "native"), wanted)
 
 
 def aligned():

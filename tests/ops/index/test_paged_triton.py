@@ -43,7 +43,7 @@ STEP = [(1, 170, 1), (0, 70, 2), (3, 3, 1), (2, 259, 1)]
 @pytest.mark.parametrize("row_format", FORMATS)
 def test_keys_in_pages(way, dtype, row_format, monkeypatch):
     go(way, monkeypatch)
-    for heads, width in ((3, 7), (18, 96)) if row_format in ("packed",) else ((3, 7),):
+    for heads, width in ((3, 7), (18, 96)) if row_format in FORMATS[2:] else ((3, 7),):
         queries, keys = made(STEP, heads, width, dtype, small_integers)
         keys = [k * 2.0 ** (torch.arange(width) // 32) for k in keys]  # groups of different scales
         check_paged(Cache(keys, row_format), queries, STEP, 7)
@@ -79,7 +79,7 @@ def _read(pages, words, table, values, C, DTYPE: tl.constexpr, LAYOUT: tl.conste
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("row_format", "count"), [("packed", 16)])
+@pytest.mark.parametrize(("row_format", "count"), [("packed", 16), ("packed-fp8", 256)])
 def test_every_code_under_every_scale_to_the_bit(row_format, count, dtype):
     keys = torch.arange(count).view(-1, min(count, 32)).repeat(256, 1).repeat(1, 32 // min(count, 32)).byte()
     if row_format == "packed":
@@ -133,7 +133,7 @@ def test_formats_that_hold_a_key_choose_alike():
     queries, keys = made(STEP, 8, 64, torch.float32)
     keys = [unpack_index(pack_index(k, row_format="packed"), row_format="packed", channels=64, dtype=k.dtype)
             for k in keys]  # fmt: skip
-    picked = [select_paged(Cache(keys, row_format), queries, STEP, 8) for row_format in ("float32", "packed")]
+    picked = [select_paged(Cache(keys, row_format), queries, STEP, 8) for row_format in ("float32", *FORMATS[2:])]
     assert picked[0].ge(0).any()
     for chosen in picked[1:]:
         assert chosen.tolist() == picked[0].tolist()

@@ -13,6 +13,7 @@ from dsv4.ops.rows import (
     index_row_bytes,
     pack,
     pack_index,
+    portable,
     read_index_pages,
     row_bytes,
     unpack,
@@ -20,7 +21,7 @@ from dsv4.ops.rows import (
     write_index_pages_,
 )
 
-FORMATS = ["float32", "bfloat16", "packed"]
+FORMATS = ["float32", "bfloat16", "packed", "packed-fp8"]
 needs_compiler = pytest.mark.skipif(not native.available(), reason="no C compiler here")
 BACKENDS = ["reference", "portable", pytest.param("native", marks=needs_compiler)]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -44,7 +45,7 @@ def read(stored, channels, backend, rotary_dims=0, row_format="packed"):
     return unpack(stored, rotary_dims=rotary_dims, **how)
 
 
-def read_index(stored, channels, backend, row_format="packed"):
+def read_index(stored, channels, backend="portable", row_format="packed"):
     return unpack_index(stored, row_format=row_format, channels=channels, dtype=torch.float32, backend=backend)
 
 
@@ -52,8 +53,8 @@ def packed(values, backend, rotary_dims=0):
     return pack(torch.tensor(values), row_format="packed", rotary_dims=rotary_dims, backend=backend)
 
 
-def packed_index(values, backend):
-    return pack_index(torch.tensor(values), row_format="packed", backend=backend)
+def packed_index(values, backend="portable", row_format="packed"):
+    return pack_index(torch.tensor(values), row_format=row_format, backend=backend)
 
 
 # Sizes
@@ -61,7 +62,8 @@ def packed_index(values, backend):
 
 def test_the_released_sizes():
     assert row_bytes("packed", 512, 64) == 584
-    assert index_row_bytes("packed", 128) == 68
+    assert row_bytes("packed-fp8", 512, 64) == 584
+    assert [index_row_bytes(row_format, 128) for row_format in ("packed", "packed-fp8")] == [68, 132]
 
 
 @pytest.mark.parametrize("name", ["flash", "pro", "mini", "nano", "smoke"])
@@ -226,6 +228,69 @@ def test_a_key_byte_by_byte(backend):
     assert packed_index(values, backend).tolist() == [0xA7, *[0] * 15, 0x7, ONE, ONE - 3]
 
 
+# Keys in E4M3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_in_e4m3(backend):
+    """Every code under its own sign; a group that holds 448 has the scale 1."""
+    values = [448.0, *(e4m3(code) for code in range(256) if code % 128 < 127)]
+    for first in range(1, len(values), 31):
+        row = [448.0, *values[first : first + 31]]
+        stored = packed_index(row, backend, "packed-fp8")
+        codes = [code for code in range(256) if code % 128 < 127][first - 1 : first + 30]
+        assert stored.tolist() == [0x7E, *codes, ONE]
+        assert bits(read_index(stored, len(row), backend, "packed-fp8")).equal(bits(torch.tensor(row)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("largest", "exponent"),
+    [
+        (448.0, 0),
+        (448 + 2.0**-15, 1),
+        (256.0, 0),
+        (224.0, -1),
+        (1e-9, -38),
+        (448 * 2.0**-126, -126),
+        (2.0**-149, -126),
+        (0.0, -126),
+        (3.4028234663852886e38, 120),
+        (math.inf, 120),
+    ],
+)
+def test_the_scale_of_a_key_in_e4m3_goes_as_low_as_that_of_fp4(backend, largest, exponent):
+    """33 channels in two groups, as bytes lie."""
+    stored = packed_index([0.0, -largest, *[0.0] * 30, 14.0], backend, "packed-fp8").tolist()
+    assert stored[33:] == [ONE + exponent, ONE - 5]
+    assert stored[32] == 0x7E  # 448 times 2^-5
+
+
+def test_a_key_in_e4m3_holds_every_one_of_fp4():
+    """All values beside each of the largest, under every scale, and what has no number: the same bits."""
+    sizes = torch.tensor(E2M1)
+    x = torch.zeros(len(E2M1), 32)
+    for largest in range(len(E2M1)):
+        x[largest, : largest + 1], x[largest, 16 : largest + 17] = sizes[: largest + 1], -sizes[: largest + 1]
+    x = x * 2.0 ** torch.arange(-126, 127.0)[:, None, None]  # infinite at the end
+    x = torch.cat([x.flatten(0, 1), torch.full((1, 32), torch.nan)])
+    held = portable.unpack_index(portable.pack_index(x, "packed"), "packed", 32)
+    assert held[:-9].equal(x[:-9])
+    again = portable.unpack_index(portable.pack_index(held, "packed-fp8"), "packed-fp8", 32)
+    assert bits(again[:-1]).equal(bits(held[:-1]))
+    assert again[-1].isnan().all()
+
+
+def test_a_key_in_e4m3_loses_far_less_than_one_in_fp4():
+    x = torch.randn(500, 128)
+    lost = [
+        ((read_index(packed_index(x.tolist(), row_format=f), 128, row_format=f) - x).norm() / x.norm()).item()
+        for f in FORMATS[2:]
+    ]
+    assert 0.08 < lost[0] < 0.14
+    assert lost[1] < 0.03  # half of an eighth at most, which is spread evenly
+
+
 # All backends
 
 
@@ -311,8 +376,9 @@ def test_behind_the_door_a_nan_stays_one(backend):
     module = getattr(rows, backend)
     values = module.unpack(module.pack(x, "packed", 3), "packed", 70, 3)
     assert values.isnan().equal(x.isnan())
-    keys = module.unpack_index(module.pack_index(x, "packed"), "packed", 70)
-    assert keys[0].isnan().tolist() == [True] * 32 + [False] * 32 + [True] * 6
+    for row_format in FORMATS[2:]:
+        keys = module.unpack_index(module.pack_index(x, row_format), row_format, 70)
+        assert keys[0].isnan().tolist() == [True] * 32 + [False] * 32 + [True] * 6
 
 
 # Errors
@@ -339,24 +405,28 @@ def test_what_does_not_fit_is_an_error(call, message):
         call()
 
 
-def place_in_page(entry, byte, channels):
+def place_in_page(entry, byte, codes, order):
     """Packed keys of whole groups: units of 4 bytes of codes side by side for all 20 entries, then their scales."""
-    if byte < channels // 2:
-        return byte // 4 * 80 + entry * 4 + byte % 4
+    if byte < codes:
+        return byte // 4 * 80 + entry * 4 + order[byte % 4]
     return byte * 20 + entry
 
 
 @pytest.mark.parametrize(
     ("row_format", "channels", "in_columns"),
-    [("packed", 64, True), ("packed", 96, True), ("packed", 48, False), ("bfloat16", 64, False)],
+    [
+        *(("packed", 64, True), ("packed", 96, True), ("packed", 48, False)),
+        *(("packed-fp8", 96, True), ("packed-fp8", 48, False), ("bfloat16", 64, False)),
+    ],
 )
 def test_pages_of_indexer_keys(row_format, channels, in_columns):
     pages = torch.zeros(3, 20, index_row_bytes(row_format, channels), dtype=torch.uint8)
     rows, page, entry = torch.randint(256, (5, pages.shape[2])).byte(), [0, 2, 2, 1, 0], [19, 0, 7, 11, 4]
     wanted = pages.clone()
+    layout = (channels, [0, 2, 1, 3]) if row_format == "packed-fp8" else (channels // 2, [0, 1, 2, 3])
     for own, p, e in zip(rows, page, entry, strict=True):
         for byte, value in enumerate(own):
-            wanted[p].flatten()[place_in_page(e, byte, channels) if in_columns else e * len(own) + byte] = value
+            wanted[p].flatten()[place_in_page(e, byte, *layout) if in_columns else e * len(own) + byte] = value
     page, entry = torch.tensor(page), torch.tensor(entry)
     write_index_pages_(pages, page, entry, rows, row_format=row_format, channels=channels)
     assert torch.equal(pages, wanted)

@@ -54,10 +54,11 @@ def test_the_released_sizes_in_several_programs():
     assert stored.shape == (11, 584)
     assert stored.equal(portable.pack(x, "packed", 64))
     assert is_same(made("unpack", stored, "packed", 512, 64), portable.unpack(stored, "packed", 512, 64))
-    keys = made("pack_index", x[:, :128], "packed")
-    assert keys.shape == (11, 68)
-    assert keys.equal(portable.pack_index(x[:, :128], "packed"))
-    assert is_same(made("unpack_index", keys, "packed", 128), portable.unpack_index(keys, "packed", 128))
+    for row_format, size in (("packed", 68), ("packed-fp8", 132)):
+        keys = made("pack_index", x[:, :128], row_format)
+        assert keys.shape == (11, size)
+        assert keys.equal(portable.pack_index(x[:, :128], row_format))
+        assert is_same(made("unpack_index", keys, row_format, 128), portable.unpack_index(keys, row_format, 128))
 
 
 def test_any_stored_bytes():
@@ -148,7 +149,11 @@ def _move_keys(
 
 
 @pytest.mark.parametrize(
-    ("row_format", "channels"), [("packed", 64), ("packed", 96), ("packed", 48), ("bfloat16", 64), ("float32", 33)]
+    ("row_format", "channels"),
+    [
+        *(("packed", 64), ("packed", 96), ("packed", 48), ("packed-fp8", 64), ("packed-fp8", 48)),
+        *(("bfloat16", 64), ("float32", 33)),
+    ],
 )
 def test_pages_of_keys(row_format, channels):
     """In columns where whole groups are packed, in rows otherwise; what is masked is left alone."""
