@@ -13,12 +13,14 @@ from dsv4.ops.backend import Backend
 from dsv4.ops.index.paged import PAGE_ENTRIES, RATIO, select_paged
 from dsv4.ops.places import Places
 from dsv4.ops.rows import RowFormat, index_row_bytes
+from dsv4.ops.rows.formats import index_code_bytes
 
 HEADS, CHANNELS = 64, 128
 PICKS = {"flash": 512, "pro": 1024}
 PROMPTS = (4096, 65536)
 MILLION, BATCHES = 1 << 20, (1, 64)
 FORMATS: tuple[RowFormat, ...] = ("bfloat16", "packed")
+DECODED: tuple[RowFormat, ...] = (*FORMATS, "packed-fp8")  # when decoding, where keys are read once for each query
 BYTES = 2  # of an element, bfloat16
 BALANCE = 165  # operations a byte of an H200: 790 TFLOP/s of bfloat16 over 4.8 TB/s
 OF_PRODUCTS = 2 * HEADS * CHANNELS  # operations of a query and an entry
@@ -33,7 +35,7 @@ def cases() -> list[Case]:
             found += [_step(model, picks, [tokens], tokens, row_format) for row_format in FORMATS]
             found.append(_scores(model, picks, tokens))
         for batch in BATCHES:
-            found += [_step(model, picks, [MILLION] * batch, 1, row_format) for row_format in FORMATS]
+            found += [_step(model, picks, [MILLION] * batch, 1, row_format) for row_format in DECODED]
     return found
 
 
@@ -127,6 +129,8 @@ def _pages(count: int, row_format: RowFormat) -> torch.Tensor:
         return keys.view(torch.uint8)
     size = index_row_bytes(row_format, CHANNELS)
     pages = torch.randint(256, (count, PAGE_ENTRIES * size), dtype=torch.uint8, device=best())
-    codes = PAGE_ENTRIES * CHANNELS // 2
+    codes = PAGE_ENTRIES * index_code_bytes(row_format, CHANNELS)
     pages[:, codes:] = 120 + pages[:, codes:] % 8
+    if row_format == "packed-fp8":
+        pages[:, :codes] &= 0xF7  # no code is that of NaN
     return pages.view(count, PAGE_ENTRIES, size)
