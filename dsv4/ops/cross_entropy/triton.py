@@ -8,10 +8,6 @@ Why no kernel with the products inside it: one that never writes its logits must
 vocabulary and then for the gradient. At V = 129,280 and D of 4096 or 7168 a fourth product takes a third more time,
 while the 10 bytes take a twentieth of that of 6 D operations. And the products are plain ones, which are cuBLAS' own.
 
-Logits are float32 products whatever the vectors are. A float32 weight, as masters are, meets bfloat16 activations in
-three products in one: it is exactly the sum of three bfloat16 numbers, which lie side by side as one product's longer
-rows. That is five products' time in all, where one in float32 takes as long as ten.
-
 A row's statistics and gradient are summed in an order that V alone decides. What else a token's bits hang on is which
 algorithm the library takes for a slice of so many tokens. float64 is ``portable``'s: nothing but tests has it.
 """
@@ -24,12 +20,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from dsv4.ops.cross_entropy import portable
-from dsv4.ops.lowbit.triton_codes import bits_of, cast, number_of, raw_bits
+from dsv4.ops.cross_entropy.triton_logits import DTYPES, form_logits, head_of, multiply, rounded_head, slice_size
+from dsv4.ops.lowbit.triton_codes import cast, raw_bits
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGITS_HELD = 1 << 29  # elements, 2 GiB: 4096 tokens of 129,280, so that the gradient of the weight is seldom reread
-TOKENS_OF_A_TILE = 128  # a slice is a multiple of these, as the products like it
-PARTS = 3  # bfloat16 numbers, 8 bits each, of one of float32
 BLOCK = 4096  # logits of a row at a time: 16 a thread, and as many running peaks and sums
 WARPS = 8
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -52,18 +46,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, token_weights, learns):
         T, V = hidden.shape[0], weight.shape[0]
-        head, narrow = _head(weight, hidden.dtype)
+        head = head_of(weight, hidden.dtype)
+        narrow = rounded_head(head, hidden.dtype, weight.shape[1])
         nll = torch.empty(T, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns[0] else hidden.new_empty(0)
         grad_weight = torch.empty(weight.shape if learns[1] else (0,), dtype=torch.float32, device=hidden.device)
-        size = _slice_size(T, V)
+        size = slice_size(T, V, LOGITS_HELD)
         logits = torch.empty(size, V, dtype=torch.float32, device=hidden.device)
         for first in range(0, T, size):
             now = slice(first, first + size)
             x = hidden[now]
             held = logits[: len(x)]
-            wide = x.to(head.dtype)
-            _multiply(wide if head.shape == weight.shape else wide.repeat(1, PARTS), head.T, held)
+            form_logits(x, head, held)
             grad_logits = held if hidden.dtype == torch.float32 else held.view(hidden.dtype)[:, :V]
             _loss_kernel[(len(x),)](
                 held, targets[now], token_weights[now], nll[now], raw_bits(grad_logits), V, held.stride(0),
@@ -72,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
             if learns[0]:
                 torch.mm(grad_logits, narrow, out=grad_hidden[now])
             if learns[1]:
-                _multiply(grad_logits.T, x, grad_weight, adds=first > 0)
+                multiply(grad_logits.T, x, grad_weight, adds=first > 0)
         if T == 0:
             grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -90,41 +84,6 @@ class _CrossEntropy(torch.autograd.Function):
             of_weight = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             torch.mul(grad_weight, grad, out=of_weight)
         return of_hidden, of_weight, None, None, None
-
-
-def _head(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight for the products of activations of this dtype, [V, D] or in parts [V, 3 D], and rounded to it."""
-    if weight.dtype == dtype:
-        return weight, weight
-    if (weight.dtype, dtype) != (torch.float32, torch.bfloat16):
-        return weight.float(), weight.to(dtype)
-    weight = weight.contiguous()
-    V, D = weight.shape
-    parts = torch.empty(V, PARTS * D, dtype=dtype, device=weight.device)
-    if D:
-        block = min(triton.next_power_of_2(D), BLOCK)
-        _split_kernel[(V, triton.cdiv(D, block))](weight, raw_bits(parts), D, PARTS, block, num_warps=WARPS)
-    return parts, parts[:, :D]
-
-
-def _slice_size(T: int, V: int) -> int:
-    """Tokens of a slice: as few slices as memory allows, of one size but for the last."""
-    most = max(TOKENS_OF_A_TILE, LOGITS_HELD // V // TOKENS_OF_A_TILE * TOKENS_OF_A_TILE)
-    if most >= T:
-        return max(T, 1)
-    even = triton.cdiv(T, triton.cdiv(T, most))
-    return triton.cdiv(even, TOKENS_OF_A_TILE) * TOKENS_OF_A_TILE
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, adds: bool = False) -> None:
-    """out = a b, or with ``adds`` out + a b, summed and kept in float32. a and b: [n, k] and [k, m] of one dtype."""
-    if a.dtype != out.dtype and a.device.type == "cpu":  # which has no product with a wider sum
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    widens = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if adds:
-        torch.addmm(out, a, b, **widens, out=out)
-    else:
-        torch.mm(a, b, **widens, out=out)
 
 
 @triton.jit
@@ -162,17 +121,3 @@ def _loss_kernel(
             # threads have read theirs before any writes.
             tl.debug_barrier()
             tl.store(grads + column, cast(grad, grads.dtype.element_ty), mask=column < V)
-
-
-@triton.jit
-def _split_kernel(weight, parts, D, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Some channels of a row as a sum: each part is what bfloat16 has of what is left."""
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    left = tl.load(weight + row * D + channel, mask=channel < D, other=0.0)
-    for part in tl.static_range(PARTS):
-        rounded = cast(left, tl.int16)
-        tl.store(parts + row * (PARTS * D) + part * D + channel, rounded, mask=channel < D)
-        taken = number_of(bits_of(rounded))
-        is_number = tl.abs(taken) < float("inf")  # of what is none nothing is left
-        left = tl.where(is_number, left, 0.0) - tl.where(is_number, taken, 0.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsv4.ops.cross_entropy import cross_entropy, portable, reference, triton
+from dsv4.ops.cross_entropy import cross_entropy, portable, reference, triton, triton_logits
 from tests.ops.triton_lane import DEVICE, assert_near, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # the products are not the interpreter's
@@ -53,24 +53,17 @@ def test_losses_and_gradients(sizes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slices_add_up(monkeypatch, dtype):
     """Eleven tokens in slices of four, four and three; memory for logits is used again."""
-    monkeypatch.setattr(triton, "TOKENS_OF_A_TILE", 2)
+    monkeypatch.setattr(triton_logits, "TOKENS_OF_A_TILE", 2)
     monkeypatch.setattr(triton, "LOGITS_HELD", 4 * 21 + 1)
-    assert triton._slice_size(11, 21) == 4
+    assert triton_logits.slice_size(11, 21, triton.LOGITS_HELD) == 4
     check(case(11, 21, 5, dtype))
 
 
 def test_slices_are_few_and_even():
     V = 129280
-    assert [triton._slice_size(T, V) for T in (0, 1, 300, 4096, 4097, 8192, 16384)] == [
-        1,
-        1,
-        300,
-        4096,
-        2176,
-        4096,
-        4096,
-    ]
-    assert triton._slice_size(300, 1 << 30) == 128
+    sizes = [triton_logits.slice_size(T, V, triton.LOGITS_HELD) for T in (0, 1, 300, 4096, 4097, 8192, 16384)]
+    assert sizes == [1, 1, 300, 4096, 2176, 4096, 4096]
+    assert triton_logits.slice_size(300, 1 << 30, triton.LOGITS_HELD) == 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,11 +91,11 @@ def test_a_float32_weight_is_the_sum_of_its_parts():
     weight = size * torch.randn(7, 50, device=DEVICE)
     weight[0, :6] = torch.tensor([0.0, -0.0, 1 + 2**-23, 3e38, 2**-126, -1.0])
     with poisoned():
-        parts, rounded = triton._head(weight, torch.bfloat16)
-    assert torch.equal(rounded, weight.bfloat16())
-    assert torch.equal(parts.double().view(7, triton.PARTS, 50).sum(dim=1), weight.double())
+        parts = triton_logits.head_of(weight, torch.bfloat16)
+    assert torch.equal(triton_logits.rounded_head(parts, torch.bfloat16, 50), weight.bfloat16())
+    assert torch.equal(parts.double().view(7, triton_logits.PARTS, 50).sum(dim=1), weight.double())
     weight[1, 2:5] = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    parts = triton._head(weight, torch.bfloat16)[0].view(7, triton.PARTS, 50)
+    parts = triton_logits.head_of(weight, torch.bfloat16).view(7, triton_logits.PARTS, 50)
     assert parts[1, 0, 2:4].tolist() == [torch.inf, -torch.inf]
     assert parts[1, 0, 4].isnan()
     assert not parts[1, 1:, 2:5].any()
@@ -147,7 +140,7 @@ def test_a_token_has_the_same_bits_whatever_stands_beside_it(monkeypatch, dtype)
     for now in (slice(0, 1), slice(4, 5), slice(2, 9)):
         part = with_gradients(triton.cross_entropy, hidden[now], weight, targets[now], token_weights[now])
         assert torch.equal(part[1], whole[1][now])
-    monkeypatch.setattr(triton, "TOKENS_OF_A_TILE", 2)
+    monkeypatch.setattr(triton_logits, "TOKENS_OF_A_TILE", 2)
     monkeypatch.setattr(triton, "LOGITS_HELD", 1)
     sliced = with_gradients(triton.cross_entropy, hidden, weight, targets, token_weights)
     assert torch.equal(sliced[1], whole[1])
