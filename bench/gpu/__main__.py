@@ -27,7 +27,7 @@ from dsv4.device import accelerator, name_of
 
 ROOMS = (
     "attend", "paged", "index", "compress", "compress_entries", "compress_paged", "mhc", "experts", "linear", "lowbit",
-    "rmsnorm", "rope", "route", "cross_entropy", "indexer_kl", "orthogonalize",
+    "rmsnorm", "rope", "route", "cross_entropy", "vocabulary_kl", "indexer_kl", "orthogonalize",
 )  # fmt: skip
 RESULTS = Path(__file__).parents[1] / "results"
 
