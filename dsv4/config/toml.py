@@ -54,7 +54,8 @@ def _merge(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str
 def _read(reader: Reader, make: type) -> Any:
     """Read one config class, field by field, by the types it declares; None if anything is wrong."""
     fields = {field.name: field for field in dataclasses.fields(make)}
-    optional = [name for name, field in fields.items() if field.default is not dataclasses.MISSING]
+    none = dataclasses.MISSING
+    optional = [name for name, field in fields.items() if (field.default, field.default_factory) != (none, none)]
     reader.check_names(list(fields), optional)
     types = get_type_hints(make)
     read = {name: _read_field(reader, name, types[name]) for name in fields if name in reader.data}

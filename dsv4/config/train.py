@@ -6,7 +6,7 @@ or ``ours`` where nothing is published. Built-in recipes are in ``dsv4.config.re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Train = Literal["all", "indexer"]
@@ -166,6 +166,26 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher beside the text: (1 - weight) * next token + weight * KL to the teacher (report 5.1.2, on text)."""
+
+    teacher: str = ""
+    """The folder of a model, with its tokenizer.json, that stays as it is during the run; empty for none. Ours."""
+    weight: float = 0.0
+    """Share of the reverse KL over the whole vocabulary; 1 leaves the text's own tokens out. Ours."""
+
+    def __post_init__(self) -> None:
+        problems = _outside("distill.weight", self.weight, 0, 1)
+        if self.teacher and self.weight == 0:
+            problems.append(
+                f"distill.weight is 0 with distill.teacher = {self.teacher!r}; expected more than 0, up to 1"
+            )
+        if self.weight and not self.teacher:
+            problems.append(f"distill.weight is {self.weight} without distill.teacher; expected a model's folder, or 0")
+        _refuse(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
     """Loss spikes: detection, a short rollback, anticipatory routing for a while (report 4.2.3)."""
 
@@ -271,6 +291,7 @@ class TrainConfig:
     """The schedule, in order."""
     init: str = ""
     """The folder of a model whose weights the run starts from, with its tokenizer.json; empty for random ones. Ours."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         problems = _not_one_of("activations", self.activations, ("bfloat16", "float32"))
@@ -290,6 +311,7 @@ class TrainConfig:
             problems.append(
                 f"run.baseline_order is {self.run.baseline_order}; expected 0: of conversations a part is predicted"
             )
+        problems += self._distill_problems()
         knows_entries = bool(self.init)  # its indexer has been warmed up
         for phase in self.phases:
             if phase.attention == "sparse" and not knows_entries:
@@ -304,6 +326,18 @@ class TrainConfig:
                     f"{self.batch.micro_tokens}"
                 )
         _refuse(problems)
+
+    def _distill_problems(self) -> list[str]:
+        """A teacher's ids are those of its own tokenizer, and an indexer's warm-up has no use for it."""
+        teacher, problems = self.distill.teacher, []
+        if teacher and self.data.tokenizer == TRAIN:
+            problems.append(
+                f"data.tokenizer is {TRAIN!r} with distill.teacher = {teacher!r}; expected the teacher's, "
+                f"{teacher.rstrip('/')}/tokenizer.json"
+            )
+        if teacher and self.phases and all(phase.train == "indexer" for phase in self.phases):
+            problems.append(f"distill.teacher is {teacher!r}; expected none: only indexers are trained")
+        return problems
 
 
 def _refuse(problems: list[str]) -> None:

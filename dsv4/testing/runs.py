@@ -104,6 +104,7 @@ class _Writer:
             kind="step", step=now.step, tokens=position.tokens, phase=now.phase.name,
             loss=loss + self.random.gauss(0, 0.035),
             mtp_loss=None if warm_up else loss + 0.6,
+            **({"distill_kl": None if warm_up else loss - 3} if self.config.distill.teacher else {}),
             balance_loss=1.02,
             indexer_kl=1.9 * (1 - 0.8 * learnt) if measured else None,
             indexer_captured=0.86 * learnt * self._noise(0.01) if measured else None,

@@ -31,7 +31,7 @@ def loss(history: History) -> str:
         text += "; no validation was made"
     else:
         text += f", validation ended at {history.bits_per_byte:.3f} bits per byte{_beside_baseline(history)}"
-    return f"{text}. {_events(history)}"
+    return f"{text}. {_taught(history)}{_events(history)}"
 
 
 def switches(history: History) -> str | None:
@@ -117,6 +117,11 @@ def _beside_baseline(history: History) -> str:
     difference = best["bits_per_byte"] - history.bits_per_byte
     side = "below" if difference >= 0 else "above"
     return f", {abs(difference):.3f} {side} the {best['name']} ({best['bits_per_byte']:.3f})"
+
+
+def _taught(history: History) -> str:
+    found = history.divergences
+    return f"The KL to the teacher went from {found[0]:.3f} to {found[-1]:.3f} nats. " if found else ""
 
 
 def _events(history: History) -> str:

@@ -102,6 +102,12 @@ class History:
         return self.validations[-1]["bits_per_byte"] if self.validations else None
 
     @property
+    def divergences(self) -> tuple[float, ...]:
+        """The KL to the teacher of each step that asked one."""
+        found = (step.get("distill_kl") for step in self.steps)
+        return tuple(kl for kl in found if kl is not None)
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """The phases that have at least one step."""
         phases = {phase.name: phase for phase in self.recipe.phases}

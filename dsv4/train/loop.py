@@ -53,6 +53,7 @@ class Parts:
     store: TokenStore  # of the train split
     tokenizer: Tokenizer
     run: Path
+    teacher: Transformer | None = None
 
 
 class SpikeError(RuntimeError):
@@ -119,7 +120,7 @@ class Trainer:
     def _step(self, work: Work) -> None:
         start = self.clock()
         try:
-            result = train_step(self.model, self.optimizer, self.config, work)
+            result = train_step(self.model, self.optimizer, self.config, work, self.parts.teacher)
         except NonFiniteError:
             self.tell(kind="nonfinite", step=work.plan.step)
             raise

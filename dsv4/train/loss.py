@@ -2,6 +2,9 @@
 
     next token + mtp_weight * MTP + balance_weight * balance + indexer_weight * KL of the indexers
 
+With a teacher the first part is (1 - weight) * next token + weight * KL to the teacher, by ``distill.weight``, over the
+same targets; the others stay as they are. MTP has no teacher.
+
 Each part is a mean over the whole step: its sum is divided by a count over all micro-batches, so that any division
 into micro-batches has the same gradient. The KL is a mean over queries, summed over layers; it reaches the indexers
 alone, and nothing else reaches them. In an indexer's warm-up it is the only part.
@@ -21,6 +24,7 @@ from dsv4.model.transformer import Transformer
 from dsv4.ops.backend import resolve
 from dsv4.ops.cross_entropy import cross_entropy
 from dsv4.train.schedule import Plan
+from dsv4.train.teacher import mean_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +62,13 @@ def mtp_targets(targets: torch.Tensor) -> torch.Tensor:
 class Sums:
     """Adds up what a step found out, on the device; read once, at the end."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, has_teacher: bool) -> None:
         device = model.embed.weight.device
-        self.has_mtp = len(model.mtp) > 0
+        self.has_mtp, self.has_teacher = len(model.mtp) > 0, has_teacher
         self.num_layers = len(model.layers)
         self.load = torch.zeros(self.num_layers + len(model.mtp), model.config.moe.num_experts, device=device)
-        self.loss, self.mtp, self.balance, self.kl, self.uniform_kl = torch.zeros(5, device=device).unbind()
+        self.loss, self.mtp, self.distill_kl, self.balance = torch.zeros(4, device=device).unbind()
+        self.kl, self.uniform_kl = torch.zeros(2, device=device).unbind()
         self.queries = torch.zeros((), dtype=torch.int64, device=device)
         self.recall: list[torch.Tensor] = []
         self.balanced_layers = sum(1 for layer in range(len(model.layers)) if not model.config.is_hash_layer(layer))
@@ -87,16 +92,20 @@ class Sums:
                 self.recall.append(record.indexed.recall)
 
     def are_finite(self) -> bool:
-        return bool(torch.stack([self.loss, self.mtp, self.balance, self.kl]).isfinite().all())
+        return bool(torch.stack([self.loss, self.mtp, self.distill_kl, self.balance, self.kl]).isfinite().all())
 
-    def numbers(self, trains_mtp: bool) -> dict[str, float | None]:
-        """The step's means. captured: the share of the attention's information that the indexers hold."""
+    def numbers(self, *, trains_all: bool) -> dict[str, float | None]:
+        """The step's means. captured: the share of the attention's information that the indexers hold.
+
+        ``distill_kl`` is there if there is a teacher.
+        """
         recall = torch.cat([one.flatten() for one in self.recall]) if self.recall else torch.zeros(0)
         recall = recall[~recall.isnan()]
         queries, uniform = int(self.queries), float(self.uniform_kl)
         return {
             "loss": float(self.loss),
-            "mtp_loss": float(self.mtp) if trains_mtp else None,
+            "mtp_loss": float(self.mtp) if trains_all and self.has_mtp else None,
+            **({"distill_kl": float(self.distill_kl) if trains_all else None} if self.has_teacher else {}),
             "balance_loss": float(self.balance) / max(1, self.balanced_layers),
             "indexer_kl": float(self.kl) / queries if queries else None,
             "indexer_captured": 1 - float(self.kl) / uniform if uniform > 0 else None,
@@ -112,6 +121,7 @@ def backward(
     counts: Counts,
     forced: list[torch.Tensor] | None,
     sums: Sums,
+    teacher: Transformer | None = None,
 ) -> None:
     """Add one micro-batch's share of the step's gradients, and of its sums."""
     trains_all = now.phase.train == "all"
@@ -121,9 +131,13 @@ def backward(
     )
     parts = []
     with torch.set_grad_enabled(trains_all):
-        main = _mean_nll(model, model.hidden(streams), batch.targets, counts.targets)
-        sums.loss += main.detach()
-        parts.append(main)
+        hidden = model.hidden(streams)
+        if teacher is None or not trains_all:
+            main = _mean_nll(model, hidden, batch.targets, counts.targets)
+            sums.loss += main.detach()
+            parts.append(main)
+        else:
+            parts += _taught(model, hidden, batch, config, counts, sums, teacher)
         if trains_all and sums.has_mtp:
             mtp = _mtp_loss(model, streams, call, batch, counts, records[-1])
             sums.mtp += mtp.detach()
@@ -175,6 +189,25 @@ def _records(
     return records
 
 
+def _taught(
+    model: Transformer,
+    hidden: torch.Tensor,
+    batch: Batch,
+    config: TrainConfig,
+    counts: Counts,
+    sums: Sums,
+    teacher: Transformer,
+) -> list[torch.Tensor]:
+    """The next token's loss and the KL to the teacher, each times its share; hidden: [B, T, D]."""
+    weight = config.distill.weight
+    with torch.set_grad_enabled(weight < 1):  # measured, even where it teaches nothing
+        main = _mean_nll(model, hidden, batch.targets, counts.targets)
+    kl = mean_kl(model, hidden, teacher, batch, _target_weights(batch.targets, counts.targets))
+    sums.loss += main.detach()
+    sums.distill_kl += kl.detach()
+    return [(1 - weight) * main, weight * kl]
+
+
 def _mtp_loss(
     model: Transformer, streams: torch.Tensor, call: Call, batch: Batch, counts: Counts, record: LayerRecord
 ) -> torch.Tensor:
@@ -193,9 +226,14 @@ def _mtp_segments(batch: Batch) -> torch.Tensor:
     return result
 
 
+def _target_weights(targets: torch.Tensor, total: int) -> torch.Tensor:
+    """What makes a sum over tokens a mean over ``total`` targets; -1 is no target."""
+    return (targets >= 0).float() / max(1, total)
+
+
 def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
     """This micro-batch's share of the mean over ``total`` targets; -1 is no target."""
-    weights = (targets >= 0).float() / max(1, total)
+    weights = _target_weights(targets, total)
     backend = resolve(model.backend, hidden.device)
     loss, _ = cross_entropy(
         hidden.flatten(0, 1),

@@ -26,13 +26,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     # a phase begins with the next step
     "phase": ("step", "tokens", "phase", "sequence", "attention", "train"),
-    # one optimiser step; mtp_loss and what is the indexer's may be null. grad_norm: before clipping. expert_load: of
-    # each MoE layer, the most loaded expert over the mean; the MTP block's last, left out where the block did not run.
-    # flops_utilisation, packing_utilisation: 0 to 1
+    # one optimiser step; mtp_loss, distill_kl and what is the indexer's may be null. distill_kl: to the teacher, if the
+    # run has one. grad_norm: before clipping. expert_load: of each MoE layer, the most loaded expert over the mean; the
+    # MTP block's last, left out where the block did not run. flops_utilisation, packing_utilisation: 0 to 1
     "step": (
-        "step", "tokens", "phase", "loss", "mtp_loss", "balance_loss", "indexer_kl", "indexer_captured",
-        "indexer_recall", "lr", "mtp_weight", "grad_norm", "indexer_grad_norm", "expert_load", "seconds",
-        "tokens_per_second", "flops_utilisation", "memory_bytes", "packing_utilisation", "batch_tokens", "anticipatory",
+        "step", "tokens", "phase", "loss", "mtp_loss", "distill_kl", "balance_loss", "indexer_kl",
+        "indexer_captured", "indexer_recall", "lr", "mtp_weight", "grad_norm", "indexer_grad_norm", "expert_load",
+        "seconds", "tokens_per_second", "flops_utilisation", "memory_bytes", "packing_utilisation", "batch_tokens",
+        "anticipatory",
     ),
     "validation": ("step", "tokens", "phase", "loss", "bits_per_byte", "attention"),
     # what the model is compared with
@@ -51,6 +52,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sample": ("step", "prompt", "text"),
     "end": ("step", "tokens", "seconds", "bits_per_byte"),
 }  # fmt: skip
+
+OPTIONAL = frozenset({"distill_kl"})  # fields that a record may lack
 
 
 class MetricsLog:
@@ -113,7 +116,7 @@ def _write_all(path: Path, records: Iterable[Record]) -> None:
 
 def _line(record: Mapping[str, object]) -> str:
     """Write a record in the order of ``FIELDS``, whatever order it was given in."""
-    ordered = {name: record[name] for name in ("kind", *FIELDS[str(record["kind"])])}
+    ordered = {name: record[name] for name in ("kind", *FIELDS[str(record["kind"])]) if name in record}
     return json.dumps(ordered, allow_nan=False) + "\n"
 
 
@@ -143,7 +146,7 @@ def _problem(kind: object, fields: Record) -> str | None:
     """Say what is wrong with a record, if anything is."""
     if not isinstance(kind, str) or kind not in FIELDS:
         return f"kind is {kind!r}; expected one of {', '.join(FIELDS)}"
-    wrong = sorted(fields.keys() ^ set(FIELDS[kind]))
+    wrong = sorted((fields.keys() ^ set(FIELDS[kind])) - (OPTIONAL - fields.keys()))
     if wrong:
         does = "has" if wrong[0] in fields else "lacks"
         return f"{kind} {does} field {wrong[0]!r}; expected {', '.join(FIELDS[kind])}"

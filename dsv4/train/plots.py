@@ -82,13 +82,15 @@ def _settings() -> Iterator[None]:
 
 
 def loss(history: History) -> Figure:
-    """Training loss, with spikes, rollbacks and anticipatory routing; below it validation beside the baseline."""
-    training, validation = ("Training loss, nats per token", 3.2), ("Validation, bits per byte", 2.2)
-    if history.validations:
-        figure, (top, bottom) = panels(history, training, validation)
-        _validation(bottom, history)
-    else:
-        figure, (top,) = panels(history, training)
+    """Training loss, with spikes, rollbacks and anticipatory routing; KL to a teacher; validation and its baseline."""
+    taught = [("KL to the teacher, nats per token", 1.7)] * bool(history.divergences)
+    validation = [("Validation, bits per byte", 2.2)] * bool(history.validations)
+    figure, (top, *below) = panels(history, ("Training loss, nats per token", 3.2), *taught, *validation)
+    if taught:
+        name = f"{history.divergences[-1]:.3f}"
+        curves(below[0], history, Line(lambda step: step.get("distill_kl"), ORANGE, name), bottom=0)
+    if validation:
+        _validation(below[-1], history)
     spikes = [
         End(spike.tokens, spike.loss, "" if number else "spike", RED) for number, spike in enumerate(history.spikes)
     ]

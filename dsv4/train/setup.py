@@ -30,6 +30,7 @@ from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, token_bytes
 from dsv4.model.init import initialize_
 from dsv4.model.transformer import Transformer
 from dsv4.train.loop import Parts
+from dsv4.train.teacher import check_teacher, load_teacher
 
 VALIDATION_ROWS_TOKENS = 8192  # tokens of one validation batch, at least a row
 
@@ -52,8 +53,10 @@ def set_up(
     is_new = not resume
     if is_new and config.init:
         check_init(Path(config.init), model_config)
-    run.mkdir(parents=True, exist_ok=True)
     data = run / "data"
+    if config.distill.teacher:
+        check_teacher(config, model_config, load_tokenizer(_tokenizer(config, data, is_new=is_new)))
+    run.mkdir(parents=True, exist_ok=True)
     if is_new:
         prepare(_data_config(config), model_config, data, progress=progress)
     tokenizer = load_tokenizer(str(data / TOKENIZER))
@@ -83,6 +86,7 @@ def set_up(
     return Parts(
         config=config,
         model=build_model(config, model_config, is_new=is_new).to(device),
+        teacher=load_teacher(config).to(device) if config.distill.teacher else None,
         loader=loader,
         validation=validation,
         store=stores["train"],
@@ -119,6 +123,11 @@ def _data_config(config: TrainConfig) -> DataConfig:
     if config.data.tokenizer != INIT:
         return config.data
     return replace(config.data, tokenizer=str(Path(config.init) / TOKENIZER))
+
+
+def _tokenizer(config: TrainConfig, data: Path, *, is_new: bool) -> str:
+    """Where the tokenizer of a run with a teacher is before its data are made, or once they are."""
+    return _data_config(config).tokenizer if is_new else str(data / TOKENIZER)
 
 
 def _write(path: Path, config: TrainConfig) -> None:

@@ -55,8 +55,10 @@ class StepResult:
         }
 
 
-def train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig, work: Work) -> StepResult:
-    """Form and clip the gradients of a step.
+def train_step(
+    model: Transformer, optimizer: Optimizer, config: TrainConfig, work: Work, teacher: Transformer | None = None
+) -> StepResult:
+    """Form and clip the gradients of a step. teacher: of ``config.distill``; the indexer's warm-up asks it nothing.
 
     Raises ``NonFiniteError``, with the layer where it began, if a loss or a gradient is not finite; nothing has
     changed then, and the gradients are dropped.
@@ -66,15 +68,15 @@ def train_step(model: Transformer, optimizer: Optimizer, config: TrainConfig, wo
     set_precision(model, work.plan.phase)
     optimizer.zero_grad()  # those of a step that was not taken
     counts = count(work.batches)
-    sums = Sums(model)
+    sums = Sums(model, has_teacher=teacher is not None)
     for i, batch in enumerate(work.batches):
         forced = None if work.routing is None else work.routing[i]
-        backward(model, batch, work.plan, config, counts, forced, sums)
+        backward(model, batch, work.plan, config, counts, forced, sums, teacher)
     norms = optimizer.clip(config.optimizer.clip_norm)
     if not (sums.are_finite() and all(map(math.isfinite, norms))):
-        _refuse_nonfinite(model, optimizer, work, float(sums.loss), norms)
+        _refuse_nonfinite(model, optimizer, work, sums, norms)
     return StepResult(
-        numbers=sums.numbers(sums.has_mtp and not only_indexer),
+        numbers=sums.numbers(trains_all=not only_indexer),
         norms=norms,
         load=sums.load,
         model=model,
@@ -116,9 +118,12 @@ def _freeze(model: Transformer, only_indexer: bool) -> None:
             parameter.requires_grad_(not only_indexer or ".indexer." in name)
 
 
-def _refuse_nonfinite(model: Transformer, optimizer: Optimizer, work: Work, loss: float, norms: Norms) -> NoReturn:
+def _refuse_nonfinite(model: Transformer, optimizer: Optimizer, work: Work, sums: Sums, norms: Norms) -> NoReturn:
+    loss = float(sums.loss)
     # With every layer's output finite, only the head lies before a loss that is not.
     where = last_parameter(model) if math.isfinite(loss) else "the head, or the fold and norm before it"
+    if math.isfinite(loss) and not math.isfinite(sums.distill_kl):
+        where = "the teacher"
     optimizer.zero_grad()
     for i, batch in enumerate(work.batches):
         forced = None if work.routing is None else work.routing[i]

@@ -78,6 +78,16 @@ def test_every_choice_of_a_recipe_is_an_option(recipe, tmp_path, untrained):
     assert untrained[0].config == config
 
 
+def test_a_teacher_is_an_option(finished, recipe, tmp_path, untrained, fails):
+    run, model = tmp_path / "run", finished / "model"
+    asked = [recipe, "--run", str(run), "--distill.teacher", str(model), "--distill.weight", "0.5"]
+    assert fails(*asked).endswith(f"; expected the teacher's, {model}/tokenizer.json")
+    assert not run.exists()
+    assert main(["train", *asked, "--data.tokenizer", f"{model}/tokenizer.json"]) == 0
+    assert (untrained[0].config.distill.teacher, untrained[0].config.distill.weight) == (str(model), 0.5)
+    assert untrained[0].parts.teacher.config.vocab_size == 512
+
+
 def test_help(capsys):
     for arguments in ([], ["--help"]):
         assert main(["train", *arguments]) == 0

@@ -10,7 +10,7 @@ import pytest
 from dsv4.config.fit import check_against_model
 from dsv4.config.presets import nano
 from dsv4.config.recipes import demo
-from dsv4.config.train import BatchConfig, Phase, TrainConfig
+from dsv4.config.train import BatchConfig, DistillConfig, Phase, TrainConfig
 
 DENSE = Phase(name="dense", tokens=1000, sequence=512, attention="dense")
 WARM_UP = Phase(name="warm-up", tokens=1000, sequence=512, attention="dense", train="indexer")
@@ -85,6 +85,29 @@ def test_a_model_to_start_from_comes_with_its_tokenizer():
         assert line.endswith("expected a model's folder and 'init', or neither: weights know one tokenizer's ids")
     made = replace(RECIPE, init="runs/demo/model", data=with_tokenizer, phases=(SPARSE,))
     assert made.phases == (SPARSE,)  # its indexer has been warmed up
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"teacher": "big"}, "distill.weight is 0 with distill.teacher = 'big'; expected more than 0, up to 1"),
+        ({"weight": 0.5}, "distill.weight is 0.5 without distill.teacher; expected a model's folder, or 0"),
+        ({"teacher": "big", "weight": 1.5}, "distill.weight is 1.5; expected 0 to 1"),
+        ({"teacher": "big", "weight": -0.5}, "distill.weight is -0.5; expected 0 to 1"),
+    ],
+)
+def test_a_teacher_and_its_share_come_together(given, message):
+    assert problems(DistillConfig, **given) == [message]
+
+
+def test_a_teacher_comes_with_its_tokenizer_and_teaches_more_than_indexers():
+    distill = DistillConfig(teacher="big/", weight=1.0)
+    assert problems(replace, RECIPE, distill=distill, phases=(WARM_UP,)) == [
+        "data.tokenizer is 'train' with distill.teacher = 'big/'; expected the teacher's, big/tokenizer.json",
+        "distill.teacher is 'big/'; expected none: only indexers are trained",
+    ]
+    data = replace(RECIPE.data, tokenizer="big/tokenizer.json")
+    assert replace(RECIPE, distill=distill, data=data).distill == distill
 
 
 def test_conversations_have_no_byte_baseline():

@@ -33,6 +33,19 @@ def test_records_are_read_as_they_were_written(tmp_path):
     ]
 
 
+def test_only_a_run_with_a_teacher_has_a_kl_to_it(tmp_path):
+    """Logs from before there were teachers are read, and truncated, as they are."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    taught = {"kind": "step", **dict.fromkeys(FIELDS["step"], 0)}
+    alone = {name: value for name, value in taught.items() if name != "distill_kl"}
+    for record in (taught, alone):
+        log.append(record)
+    truncate(log.path, 0)
+    assert read(log.path) == [taught, alone]
+    with pytest.raises(ValueError, match="rollback has field 'distill_kl'; expected step, from_step"):
+        log.append({"kind": "rollback", "step": 1, "from_step": 2, "distill_kl": 0.1})
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -138,7 +138,7 @@ def test_the_numbers_are_those_of_the_run(whole):
 
 def test_every_field_of_the_recipe_stands_with_its_provenance(whole):
     text = Page(whole.read_text(encoding="utf-8")).text
-    for owner in (DataConfig, OptimizerConfig, BatchConfig, LossConfig, StabilityConfig, RunConfig):
+    for owner in (DataConfig, OptimizerConfig, BatchConfig, LossConfig, DistillConfig, StabilityConfig, RunConfig):
         docs = field_docs(owner)
         for field in dataclasses.fields(owner):
             assert field.name in text
