@@ -12,6 +12,7 @@ from dsv4.config.recipes import demo, smoke
 from dsv4.config.train import (
     BatchConfig,
     DataConfig,
+    DistillConfig,
     LossConfig,
     OptimizerConfig,
     Phase,
