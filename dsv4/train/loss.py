@@ -6,7 +6,7 @@ With a teacher the first part is (1 - weight) * next token + weight * KL to the 
 same targets; the others stay as they are. MTP has no teacher.
 
 Each part is a mean over the whole step: its sum is divided by a count over all micro-batches, so that any division
-into micro-batches has the same gradient. The KL is a mean over queries, summed over layers; it reaches the indexers
+into micro-batches has the same gradient. The indexers' KL is a mean over queries, summed over layers; it reaches them
 alone, and nothing else reaches them. In an indexer's warm-up it is the only part.
 """
 

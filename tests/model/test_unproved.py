@@ -12,6 +12,7 @@ from dsv4.engine.engine import Engine
 from dsv4.model.record import IndexerRequest, LayerRecord
 from dsv4.native.tape import Tape
 from dsv4.ops.cross_entropy import cross_entropy
+from dsv4.ops.vocabulary_kl import vocabulary_kl
 from dsv4.testing.toys import flash_like, toy_model
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -85,6 +86,8 @@ def learn(model):
     weights = torch.full((11,), 0.1)
     hidden = [model.hidden(streams)[0, :-1], model.mtp_hidden(streams, call, segments, LayerRecord())[0]]
     losses = [cross_entropy(one, model.head.weight, ids[0, 1:], weights, backend=model.backend)[0] for one in hidden]
+    taught = (hidden[0].detach() / 2, model.head.weight.detach())
+    losses.append(vocabulary_kl(hidden[0], model.head.weight, *taught, weights, backend=model.backend)[0])
     losses += [r.balance for r in records if r.balance is not None]
     losses += [r.indexed.loss for r in records if r.indexed is not None]
     torch.stack(losses).sum().backward()
