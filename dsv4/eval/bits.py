@@ -47,7 +47,7 @@ def bits_per_byte(model: Transformer, batches: Iterable[Batch], *, dense: bool) 
         hidden, targets = model.hidden(streams)[has_target], batch.targets[has_target]
         ones = torch.ones(len(targets), device=targets.device)
         backend = resolve(model.backend, targets.device)
-        _, nll = cross_entropy(hidden, model.head.matrix(hidden.dtype), targets, ones, backend=backend)
+        _, nll = cross_entropy(hidden, model.head.matrix(hidden.dtype, backend), targets, ones, backend=backend)
         nats += nll.double().sum().item()
         num_targets += len(targets)
         num_bytes += batch.num_bytes

@@ -13,12 +13,14 @@ from dsv4.config.model import RATIO, LayerKind, ModelConfig
 from dsv4.model import cached
 from dsv4.model.cache import LayerCache
 from dsv4.model.call import Call
-from dsv4.model.linear import Linear, Norm
+from dsv4.model.linear import Linear, Norm, of_sequences
 from dsv4.model.record import IndexerRequest, LayerRecord
 from dsv4.model.state import CompressorState, LayerState
 from dsv4.model.study import Attended, Projection, study
 from dsv4.ops import compress, index
 from dsv4.ops.attend import Entries, attend
+from dsv4.ops.backend import Backend
+from dsv4.ops.linear import linear_groups
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import rotate, rotate_unit
@@ -47,7 +49,7 @@ class Compressor(nn.Module):
 
     def forward(self, x: torch.Tensor, call: Call, state: CompressorState | None) -> torch.Tensor:
         """x: [B, T, D]; returns all entries so far, [B, C, width]."""
-        kv, gate = self.wkv.wide(x), self.wgate.wide(x)  # [B, T, E] float32
+        kv, gate = self.wkv.wide(x, call.backend), self.wgate.wide(x, call.backend)  # [B, T, E] float32
         blocks = call.rows.blocks[RATIO[self.kind]]
         if blocks.tokens is not None:
             row = torch.arange(x.shape[0], device=x.device)[:, None, None]
@@ -92,13 +94,13 @@ class Indexer(nn.Module):
     ) -> Projection:
         """Project ``queries`` of the tokens x [B, T, D] and q_low [B, T, Q], and all entries."""
         cos, sin = call.token_rotation["csa"]
-        q = self.wq_b(q_low[:, queries]).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
+        q = self.wq_b(q_low[:, queries], call.backend).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, I, J]
         q = rotate(q, cos[:, queries], sin[:, queries], backend=call.backend)
         if call.rounds:
             q = round_entries(q, 0, is_index=True, backend=call.backend)
         keys = self.compressor(x, call, state)
         scale = self.head_dim**-0.5 * self.num_heads**-0.5
-        return Projection(q, keys, self.weights_proj(x[:, queries]) * scale)
+        return Projection(q, keys, self.weights_proj(x[:, queries], call.backend) * scale)
 
     def select(self, projection: Projection, call: Call) -> torch.Tensor:
         """Return the entries that all queries pick, [B, T, P] int64."""
@@ -136,10 +138,10 @@ class Attention(nn.Module):
         if isinstance(state, LayerCache):
             return cached.attention(self, x, call, state)
         rotation = call.token_rotation[self.kind]
-        q_low = rmsnorm(self.wq_a(x), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
-        q = self.wq_b(q_low).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]
+        q_low = rmsnorm(self.wq_a(x, call.backend), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
+        q = self.wq_b(q_low, call.backend).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]
         q = rotate_unit(q, *rotation, self.eps, backend=call.backend)
-        kv = rmsnorm(self.wkv(x), self.kv_norm.weight, self.eps, backend=call.backend)
+        kv = rmsnorm(self.wkv(x, call.backend), self.kv_norm.weight, self.eps, backend=call.backend)
         kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
         if call.rounds:
             kv = round_entries(kv, 2 * rotation[0].shape[-1], backend=call.backend)
@@ -164,15 +166,13 @@ class Attention(nn.Module):
             blocks, top_k = call.rows.blocks[RATIO["csa"]], self.indexer.top_k
             record.indexed = study(request, measured, attended, blocks, top_k, backend=call.backend)
         out = rotate(out, *rotation, inverse=True, backend=call.backend)
-        return self.wo_b(self._project_groups(out))
+        return self.wo_b(self._project_groups(out, call.backend), call.backend)
 
-    def _project_groups(self, out: torch.Tensor) -> torch.Tensor:
+    def _project_groups(self, out: torch.Tensor, backend: Backend) -> torch.Tensor:
         """Map each group of heads by its own part of wo_a: [B, T, H, K] -> [B, T, G * O]."""
-        B, T = out.shape[:2]
-        grouped = out.view(B * T, self.groups, -1).transpose(0, 1)  # [G, B * T, H K / G]
-        wo_a = self.wo_a.matrix(out.dtype).to(out.dtype).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
-        low = torch.bmm(grouped, wo_a.transpose(1, 2))  # [G, B * T, O]
-        return low.transpose(0, 1).reshape(B, T, -1)
+        grouped = out.reshape(-1, self.groups, self.num_heads // self.groups * self.head_dim)  # [B * T, G, H K / G]
+        wo_a = self.wo_a.matrix(out.dtype, backend).unflatten(0, (self.groups, -1))  # [G, O, H K / G]
+        return linear_groups(grouped, wo_a, backend=of_sequences(backend)).view(*out.shape[:2], -1)
 
     def _entries(
         self,

@@ -30,28 +30,28 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs, dtype=dtype))
         self.rounds: Kind | Literal["bfloat16"] | None = None
 
-    def forward(self, x: torch.Tensor, backend: Backend = "portable") -> torch.Tensor:
+    def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
+        of_product = of_sequences(backend)
         if self.rounds in (None, "bfloat16"):
-            return linear(x, self.matrix(x.dtype), backend=backend)
+            return linear(x, self.matrix(x.dtype, backend), backend=of_product)
         if wants_gradient(x, self.weight):
-            x = round_rows(x, backend=resolve("auto", x.device))
-            return linear(x, self.matrix(x.dtype), backend=backend)
-        return linear(x, self.packed(), backend=backend)
+            return linear(round_rows(x, backend=backend), self.matrix(x.dtype, backend), backend=of_product)
+        return linear(x, self.packed(backend), backend=of_product)
 
-    def wide(self, x: torch.Tensor) -> torch.Tensor:
+    def wide(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
         """The same map multiplied and returned in float32, where the released code widens: router and compressors."""
-        return linear(x, self.matrix(x.dtype), wide=True)
+        return linear(x, self.matrix(x.dtype, backend), wide=True, backend=of_sequences(backend))
 
-    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+    def matrix(self, dtype: torch.dtype, backend: Backend) -> torch.Tensor:
         """The weight's values, for products that do not round x: as it is, or rounded in ``dtype``."""
         if self.rounds == "bfloat16":
             return self.weight.to(torch.bfloat16)
-        return self.weight if self.rounds is None else rounded(self.weight, self.rounds, dtype)
+        return self.weight if self.rounds is None else rounded(self.weight, self.rounds, dtype, backend)
 
-    def packed(self) -> Packed:
+    def packed(self, backend: Backend) -> Packed:
         """The weight in the codes that it rounds to."""
         assert self.rounds in ("fp4", "fp8"), "this map has no codes"
-        return quantised(self.weight, self.rounds)
+        return quantised(self.weight, self.rounds, backend)
 
 
 class PackedLinear(nn.Module):
@@ -74,15 +74,15 @@ class PackedLinear(nn.Module):
         """The weight as ``dsv4.ops.linear`` takes it."""
         return Packed(self.get_buffer("codes"), self.get_buffer("scales"), self.kind)
 
-    def forward(self, x: torch.Tensor, backend: Backend = "portable") -> torch.Tensor:
-        return linear(x, self.weight, backend=backend)
+    def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
+        return linear(x, self.weight, backend=of_sequences(backend))
 
-    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values, in bfloat16 whatever ``dtype`` is."""
+    def matrix(self, dtype: torch.dtype, backend: Backend) -> torch.Tensor:
+        """The values, in bfloat16 whatever ``dtype`` is: nothing is left to compute."""
         assert self.values is not None, "no values are kept of this weight"
         return self.values
 
-    def packed(self) -> Packed:
+    def packed(self, backend: Backend) -> Packed:
         """The weight."""
         return self.weight
 
@@ -103,19 +103,26 @@ class Norm(nn.Module):
         return held.to(torch.bfloat16) if self.is_narrow else held
 
 
+def of_sequences(backend: Backend) -> Backend:
+    """The backend of the products of whole sequences: not those in C, which serve no gradient.
+
+    So a model computes the same bits in training and in evaluation. An engine's products have their own fixed order.
+    """
+    return "portable" if backend == "native" else backend
+
+
 def _values(weight: Packed) -> torch.Tensor:
     if weight.codes.is_meta:  # shapes alone
         return torch.empty(weight.shape, dtype=torch.bfloat16, device="meta")
     return dequantise(weight, torch.bfloat16, backend=resolve("auto", weight.codes.device))
 
 
-def quantised(weight: torch.Tensor, kind: Kind) -> Packed:
+def quantised(weight: torch.Tensor, kind: Kind, backend: Backend) -> Packed:
     """Return a weight, or a stack of them, in codes."""
-    where = resolve("auto", weight.device)
-    return quantise_fp4(weight, backend=where) if kind == "fp4" else quantise_blocks(weight, backend=where)
+    return quantise_fp4(weight, backend=backend) if kind == "fp4" else quantise_blocks(weight, backend=backend)
 
 
-def rounded(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> torch.Tensor:
+def rounded(weight: torch.Tensor, kind: Kind, dtype: torch.dtype, backend: Backend) -> torch.Tensor:
     """Return the values of those codes in ``dtype``, with a straight-through gradient."""
     run = round_fp4 if kind == "fp4" else round_blocks
-    return run(weight, dtype=dtype, backend=resolve("auto", weight.device))
+    return run(weight, dtype=dtype, backend=backend)

@@ -8,7 +8,7 @@ from torch import nn
 from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.expert_store import StoredExperts
-from dsv4.model.linear import Linear, quantised, rounded
+from dsv4.model.linear import Linear, of_sequences, quantised, rounded
 from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
@@ -54,7 +54,8 @@ class Router(nn.Module):
                 logits, self.bias, chosen, self.experts_per_token, self.routed_scale, backend=call.backend
             )
         weight = self.weight.to(torch.bfloat16) if self.is_narrow else self.weight
-        affinities = route.affinity(linear(x, weight, wide=True), backend=call.backend)  # [T, E]
+        logits = linear(x, weight, wide=True, backend=of_sequences(call.backend))
+        affinities = route.affinity(logits, backend=call.backend)  # [T, E]
         chosen = self._choose(affinities, call) if record is None or record.forced is None else record.forced
         if record is not None:
             record.chosen = chosen
@@ -94,7 +95,7 @@ class Experts(nn.Module):
         """See ``ops.experts.experts``, or with ``rounds`` ``ops.experts.rounded_experts``."""
         if self.rounds is None:
             return experts(x, chosen, weights, Matrices((self.w1, self.w2, self.w3)), limit, backend=backend)
-        routed = Matrices(tuple(rounded(w, self.rounds, x.dtype) for w in (self.w1, self.w2, self.w3)))
+        routed = Matrices(tuple(rounded(w, self.rounds, x.dtype, backend) for w in (self.w1, self.w2, self.w3)))
         return rounded_experts(x, chosen, weights, routed, limit, backend=backend)
 
     def run_with_shared(
@@ -110,7 +111,7 @@ class Experts(nn.Module):
         if self.rounds is None:
             routed = Matrices((self.w1, self.w2, self.w3))
         else:
-            w1, w2, w3 = (quantised(w, self.rounds) for w in (self.w1, self.w2, self.w3))
+            w1, w2, w3 = (quantised(w, self.rounds, backend) for w in (self.w1, self.w2, self.w3))
             routed = Matrices.of_codes(w1, w2, w3)
         return experts_with_shared(x, chosen, weights, routed, shared, limit, backend=backend)
 
@@ -163,17 +164,17 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.hidden_size, config.moe.expert_dim, dtype)
 
     def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        gate, up = self.w1(x), self.w3(x)
+        gate, up = self.w1(x, call.backend), self.w3(x, call.backend)
         activated = swiglu(gate, up, self.limit, backend=call.backend)
         if self.w2.rounds is not None:  # what is kept for the backward pass is the rounded copy
             return self.w2(activated, call.backend)
         with recomputed(activated, lambda: swiglu(gate, up, self.limit, backend=call.backend)):
-            return self.w2(activated)
+            return self.w2(activated, call.backend)
 
-    def matrices(self, *, in_codes: bool) -> Matrices:
+    def matrices(self, backend: Backend, *, in_codes: bool) -> Matrices:
         """Return the expert's maps."""
         if in_codes:
-            return Matrices.of_codes(self.w1.packed(), self.w2.packed(), self.w3.packed())
+            return Matrices.of_codes(self.w1.packed(backend), self.w2.packed(backend), self.w3.packed(backend))
         return Matrices((self.w1.weight, self.w2.weight, self.w3.weight))
 
 
@@ -193,7 +194,7 @@ class MoE(nn.Module):
         chosen, weights = self.gate(flat, call, record)
         in_codes, shared = self._is_in_codes(flat), self.shared_experts
         if in_codes or call.places is not None:
-            own = shared.matrices(in_codes=in_codes)
+            own = shared.matrices(call.backend, in_codes=in_codes)
             return self.experts.run_with_shared(flat, chosen, weights, own, self.limit, call.backend).view(x.shape)
         assert not isinstance(self.experts, PackedExperts)
         routed = self.experts.run(flat, chosen, weights, self.limit, call.backend)

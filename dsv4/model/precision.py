@@ -24,6 +24,7 @@ from dsv4.model.expert_store import StoredExperts
 from dsv4.model.linear import Linear, Norm, PackedLinear, quantised
 from dsv4.model.moe import Experts, PackedExperts, Router
 from dsv4.model.transformer import Transformer
+from dsv4.ops.backend import resolve
 from dsv4.ops.lowbit import Packed
 
 Rounding = Literal["none", "fp8", "fp4"]
@@ -76,10 +77,11 @@ def pack(model: Transformer) -> Transformer:
     model.requires_grad_(False)
 
     def matrix(name: str, module: Linear) -> Packed:
-        return quantised(module.weight, "fp8")
+        return quantised(module.weight, "fp8", resolve("auto", module.weight.device))
 
     def experts(name: str, module: Experts) -> PackedExperts:
-        return PackedExperts(*(quantised(w, "fp4") for w in (module.w1, module.w2, module.w3)))
+        where = resolve("auto", module.w1.device)
+        return PackedExperts(*(quantised(w, "fp4", where) for w in (module.w1, module.w2, module.w3)))
 
     replace_maps(model, "fp4", matrix, experts)
     for spec in inventory(model.config):

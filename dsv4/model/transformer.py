@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
-from dsv4.model import rows
+from dsv4.model import cached, rows
 from dsv4.model.block import Block
 from dsv4.model.cache import Cache
 from dsv4.model.call import Call, make_cached_call, make_call
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
         call = make_cached_call(
             next_ids[None], places, cache.row_format, *cache.frequencies, backend=backend, rounds=self.rounds
         )
-        joined = block.join(streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
+        joined = cached.join(block, streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
         streams = block(joined, call, cache.layers[len(self.layers)], None)
         return streams, _fold(block, self.config, streams, backend)
 
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., D]; returns [..., V] float32, multiplied in float32."""
-        return self.head(hidden.float())
+        return self.head.wide(hidden, resolve(self.backend, hidden.device))
 
     def step_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The same for an engine's step, in the fixed order of its kernels: hidden [n, D], returns [n, V] float32."""

@@ -237,7 +237,7 @@ def _mean_nll(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor, t
     backend = resolve(model.backend, hidden.device)
     loss, _ = cross_entropy(
         hidden.flatten(0, 1),
-        model.head.matrix(hidden.dtype),
+        model.head.matrix(hidden.dtype, backend),
         targets.clamp(min=0).flatten(),
         weights.flatten(),
         backend=backend,

@@ -1,5 +1,6 @@
 """A whole model on all Triton kernels at once: it writes and learns as on the portable path, and waits for nothing."""
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -9,6 +10,7 @@ import torch
 from dsv4.config.engine import Limits
 from dsv4.config.sampling import Sampling
 from dsv4.engine.engine import Engine
+from dsv4.model.linear import Linear
 from dsv4.model.record import IndexerRequest, LayerRecord
 from dsv4.native.tape import Tape
 from dsv4.ops.cross_entropy import cross_entropy
@@ -46,9 +48,39 @@ def _as_on_an_accelerator(monkeypatch):
         monkeypatch.setattr(f"dsv4.{module}.is_accelerator", lambda device: True)
 
 
-def test_an_engine_writes_the_same():
+@pytest.fixture
+def asked(monkeypatch):
+    """Which kernels operations ask for from here on, ``module:function``, and the backends that they name."""
+    found = {}
+
+    def told(run):
+        def tell(backend, *name, triton=None, **others):
+            for kernel in filter(None, (triton, *name)):
+                found.setdefault(kernel, set()).add(backend)
+            return run(backend, *name, **others) if triton is None else run(backend, triton=triton, **others)
+
+        return tell
+
+    for name, module in [*sys.modules.items()]:
+        for asks in ("pick", "triton_kernel"):
+            if name.startswith("dsv4.ops.") and name != "dsv4.ops.backend" and hasattr(module, asks):
+                monkeypatch.setattr(module, asks, told(getattr(module, asks)))
+    return found
+
+
+def assert_all(asked, rooms):
+    """Every operation that asked for a kernel got it, and there was one in each of these rooms."""
+    assert {kernel: backends for kernel, backends in asked.items() if backends != {"unproved"}} == {}
+    assert sorted({kernel.split(".")[0] for kernel in asked}) == rooms.split()
+
+
+def test_an_engine_writes_the_same(asked):
     models = [small(backend).requires_grad_(False).eval() for backend in ("portable", "unproved")]
-    answers = [Engine(model, Limits(max_requests=2, step_tokens=16)).generate(PROMPTS, GREEDY) for model in models]
+    answers = []
+    for model in models:
+        asked.clear()
+        answers.append(Engine(model, Limits(max_requests=2, step_tokens=16)).generate(PROMPTS, GREEDY))
+    assert_all(asked, "attend compress experts index linear mhc rmsnorm rope route")
     for portable, triton in zip(*answers, strict=True):
         assert triton.token_ids == portable.token_ids
         for one, other in zip(triton.logprobs, portable.logprobs, strict=True):
@@ -94,12 +126,24 @@ def learn(model):
     return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_model_learns_the_same_and_waits_for_nothing():
+def test_a_model_learns_the_same_and_waits_for_nothing(asked):
     losses, grads = learn(small("portable"))
+    asked.clear()
     with Tape() as tape:
         found, found_grads = learn(small("unproved"))
     assert tape.unplayable is None
+    assert_all(asked, "attend compress cross_entropy experts index indexer_kl linear mhc rmsnorm rope route")
     assert torch.stack(found).tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-4)
     assert found_grads.keys() == grads.keys()
     for name, grad in grads.items():
         assert (found_grads[name] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp(min=1e-6), name
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_maps_round_by_kernels_too(asked, learns):
+    map_ = Linear(128, 3, torch.float32).requires_grad_(learns)
+    torch.nn.init.normal_(map_.weight)
+    map_.rounds = "fp8"
+    y = map_(torch.randn(2, 128), "unproved")
+    assert y.requires_grad == learns
+    assert_all(asked, "linear lowbit")
