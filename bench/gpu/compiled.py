@@ -63,10 +63,14 @@ def compiling() -> Iterator[list[tuple[str, Any]]]:
     The process can launch nothing afterwards.
     """
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    class Driver:
+    class Driver(CudaDriver):
+        def __init__(self) -> None:
+            """Load nothing of a GPU's."""
+
         def get_current_device(self) -> int:
             return 0
 
@@ -101,7 +105,9 @@ def built(case: Case, made: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 def usage(kernel: Any) -> dict[str, int]:
     """What a compiled kernel takes of the processor."""
-    tools = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin"
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -55,13 +55,16 @@ def _make(name: str, tokens: int, has_gradients: bool, backend: Backend, at_once
     leaves = [x.requires_grad_(has_gradients) for x in (kv, gate, bias, weight)]
     angle = torch.randn(1, blocks, ROTARY // 2, device=device)
     grad = torch.randn(1, blocks, channels, device=device, dtype=torch.bfloat16)
-    how, turn = {"overlap": overlap, "backend": backend}, (angle.cos(), angle.sin())
+    turn = angle.cos(), angle.sin()
 
     def run() -> object:
         if at_once:
-            made = entries(*leaves, *turn, **how, eps=EPS, dtype=torch.bfloat16, is_index=is_index, rounds=True)
+            made = entries(
+                kv, gate, bias, weight, *turn, overlap=overlap, eps=EPS, dtype=torch.bfloat16, is_index=is_index,
+                rounds=True, backend=backend,
+            )  # fmt: skip
         else:
-            pooled = pool(kv, gate, bias, **how).bfloat16()
+            pooled = pool(kv, gate, bias, overlap=overlap, backend=backend).bfloat16()
             turned = rotate(rmsnorm(pooled, weight, EPS, backend=backend), *turn, backend=backend)
             made = round_entries(turned, ROTARY, is_index=is_index, backend=backend)
         return torch.autograd.grad(made, leaves, grad) if has_gradients else made

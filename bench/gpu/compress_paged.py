@@ -66,7 +66,7 @@ def _make(kind: str, step: str, backend: Backend) -> Callable[[], object]:
     angle = torch.randn(len(places.closing[ratio].token), ROTARY // 2, device=device)
     bias = torch.randn(ratio, parts * channels, device=device)
     weight = torch.ones(channels, dtype=torch.bfloat16, device=device)
-    given = (kv, gate, bias, weight, angle.cos(), angle.sin(), *tails, pages, places)
+    given = (kv, gate, bias, weight, angle.cos(), angle.sin(), tails[0], tails[1], pages, places)
     return lambda: compress_paged_(
         *given, overlap=overlap, eps=1e-6, row_format="packed", is_index=is_index, rounds=True, dtype=torch.bfloat16,
         backend=backend,

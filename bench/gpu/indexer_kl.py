@@ -59,7 +59,8 @@ def _make(heads: int, picks: int, kind: str, num_tokens: int, backend: Backend) 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, dtype=torch.bfloat16, device=device)
 
-    learns = [x.requires_grad_() for x in (random(num_tokens, I, J), random(num_entries, J), random(num_tokens, I))]
+    index_q, index_k, index_weights = random(num_tokens, I, J), random(num_entries, J), random(num_tokens, I)
+    learns = [x.requires_grad_() for x in (index_q, index_k, index_weights)]
     q, values = random(num_tokens, heads, K), random(num_entries, K)
     end = (torch.arange(num_tokens, device=device)[None] + 1) // RATIO
     if kind == "picked":
@@ -72,7 +73,9 @@ def _make(heads: int, picks: int, kind: str, num_tokens: int, backend: Backend) 
     weights = torch.full((1, num_tokens), 1 / num_tokens, device=device)
 
     def run() -> object:
-        loss, *_ = indexer_kl(*learns, q, entries, log_sum_exp, weights, scale=K**-0.5, backend=backend)
+        loss, *_ = indexer_kl(
+            index_q, index_k, index_weights, q, entries, log_sum_exp, weights, scale=K**-0.5, backend=backend
+        )
         return torch.autograd.grad(loss, learns)
 
     return run

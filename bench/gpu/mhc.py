@@ -85,14 +85,14 @@ def _read(backend: Backend, D: int, tokens: int) -> Callable[[], object]:
 
 def _write(backend: Backend, D: int, tokens: int) -> Callable[[], object]:
     streams, mix, weight = _given(D, tokens, ROWS, 3)
-    reading = mhc.pre(streams, mix, weight, **EPSILONS, iterations=ITERATIONS)
+    reading = mhc.pre(streams, mix, weight, **EPSILONS, iterations=ITERATIONS, backend="portable")
     return lambda: mhc.post(reading, reading.x, backend=backend)
 
 
 def _write_read(backend: Backend, D: int, tokens: int) -> Callable[[], object]:
     streams, mix, weight = _given(D, tokens, ROWS, 3)
     how = {**EPSILONS, "iterations": ITERATIONS}
-    reading = mhc.pre(streams, mix, weight, **how)
+    reading = mhc.pre(streams, mix, weight, **how, backend="portable")
     return lambda: mhc.write_read(reading, reading.x, mix, weight, **how, backend=backend)
 
 
