@@ -35,7 +35,6 @@ from dsv4.config.presets import nano
 from dsv4.config.recipes import load_recipe
 from dsv4.config.train import BatchConfig, Phase
 from dsv4.eval.bits import bits_per_byte
-from dsv4.model import block
 from dsv4.ops import mhc
 from dsv4.optim.optimizer import Optimizer
 from dsv4.train.anticipatory import Work
@@ -168,7 +167,7 @@ def free_the_mix() -> None:
         x = torch.nn.functional.rms_norm(u, u.shape[-1:], norm_weight.float(), norm_eps).to(streams.dtype)
         return mhc.Reading(x, 2 * torch.sigmoid(write), comb.unflatten(-1, (N, N)), streams)
 
-    block.mhc = type("FreeMix", (), {"Mix": mhc.Mix, "Reading": mhc.Reading, "pre": pre, "post": mhc.post})
+    mhc.pre = pre
 
 
 def start_from_identity(model) -> None:
@@ -185,18 +184,18 @@ def gain_through_depth(model, batch) -> float:
     1 means that no signal through the streams grows or fades; the mHC paper plots the same product.
     """
     combs: list[torch.Tensor] = []
-    original = block.mhc.post
+    original = mhc.post
 
     def post(reading, y, *, backend):
         combs.append(reading.comb.detach())
         return original(reading, y, backend=backend)
 
-    kept, block.mhc = block.mhc, type("Watched", (), {**vars(block.mhc), "post": staticmethod(post)})
+    mhc.post = post
     try:
         with torch.no_grad():
             model.run(batch.token_ids, segment_ids=batch.segment_ids)
     finally:
-        block.mhc = kept
+        mhc.post = original
     product = combs[0]
     for comb in combs[1:]:
         product = product @ comb

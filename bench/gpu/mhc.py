@@ -22,7 +22,7 @@ ROWS = N * (2 + N)
 
 
 def cases() -> list[Case]:
-    """Reading, writing and the head forward, and a sub-layer's reading and writing forward and backward."""
+    """Reading, writing and the head forward; of a sub-layer and of a layer reading and writing forward and backward."""
     found = []
     for name, D in WIDTHS.items():
         for tokens in (TOKENS, 1):
@@ -44,6 +44,9 @@ def _of_shape(shape: str, D: int, tokens: int) -> list[Case]:
         # streams, what the streams' own gradient is so far and x's in, the gradient out.
         num_bytes = 3 * of_streams + 2 * of_x + 3 * of_streams + 2 * of_x + 3 * of_streams + of_x + 3 * of_fn
         cases.append(_case("mhc sub-layer and backward", shape, _sublayer, D, tokens, num_bytes, 3 * products))
+        # Both sub-layers of a layer, where the streams in between are written, read twice, and once more formed.
+        num_bytes = 6 * of_streams + 4 * of_x + 14 * of_streams + 7 * of_x + 6 * of_fn
+        cases.append(_case("mhc layer and backward", shape, _layer, D, tokens, num_bytes, 6 * products))
     return cases
 
 
@@ -109,5 +112,19 @@ def _sublayer(backend: Backend, D: int, tokens: int) -> Callable[[], object]:
     def run() -> object:
         reading = mhc.pre(streams, mix, weight, **EPSILONS, iterations=ITERATIONS, backend=backend)
         return torch.autograd.grad(mhc.post(reading, reading.x, backend=backend), leaves, grad)
+
+    return run
+
+
+def _layer(backend: Backend, D: int, tokens: int) -> Callable[[], object]:
+    streams, mix, weight = _given(D, tokens, ROWS, 3)
+    leaves = [x.requires_grad_() for x in (streams, *mix, weight)]
+    grad = torch.randn_like(streams)
+    how = {**EPSILONS, "iterations": ITERATIONS}
+
+    def run() -> object:
+        first = mhc.pre(streams, mix, weight, **how, backend=backend)
+        second = mhc.write_read(first, first.x, mix, weight, **how, backend=backend)
+        return torch.autograd.grad(mhc.post(second, second.x, backend=backend), leaves, grad)
 
     return run

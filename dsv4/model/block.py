@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -13,7 +11,6 @@ from dsv4.model.cache import LayerCache
 from dsv4.model.call import Call
 from dsv4.model.linear import Norm
 from dsv4.model.moe import MoE
-from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.state import LayerState
 from dsv4.ops import mhc
@@ -40,24 +37,14 @@ class Block(nn.Module):
         self, streams: torch.Tensor, call: Call, state: LayerState | LayerCache | None, record: LayerRecord | None
     ) -> torch.Tensor:
         """streams: [B, T, N, D]; returns the same shape."""
+        hyper = self.hyper
+        numbers = {"norm_eps": self.eps, "eps": hyper.eps, "iterations": hyper.sinkhorn_iterations}
         mix = mhc.Mix(self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        first = self._read(streams, mix, self.attn_norm, call)
+        first = mhc.pre(streams, mix, self.attn_norm.weight, **numbers, backend=call.backend)
         y = self.attn(first.x, call, state, record)
         mix = mhc.Mix(self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        if not torch.is_grad_enabled():  # written and read in one pass: nothing of it is to be formed again
-            second = mhc.write_read(first, y, mix, self.ffn_norm.weight, **self._numbers(), backend=call.backend)
-            return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
-        middle = mhc.post(first, y, backend=call.backend)
-        with recomputed(middle, lambda: mhc.post(first, y, backend=call.backend)):
-            second = self._read(middle, mix, self.ffn_norm, call)
-            return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
-
-    def _read(self, streams: torch.Tensor, mix: mhc.Mix, norm: Norm, call: Call) -> mhc.Reading:
-        return mhc.pre(streams, mix, norm.weight, **self._numbers(), backend=call.backend)
-
-    def _numbers(self) -> dict[str, Any]:
-        """What reading takes besides tensors."""
-        return {"norm_eps": self.eps, "eps": self.hyper.eps, "iterations": self.hyper.sinkhorn_iterations}
+        second = mhc.write_read(first, y, mix, self.ffn_norm.weight, **numbers, backend=call.backend)
+        return mhc.post(second, self.ffn(second.x, call, record), backend=call.backend)
 
 
 def _float32(*shape: int) -> nn.Parameter:

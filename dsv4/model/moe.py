@@ -9,7 +9,6 @@ from dsv4.config.model import ModelConfig
 from dsv4.model.call import Call
 from dsv4.model.expert_store import StoredExperts
 from dsv4.model.linear import Linear, of_sequences, quantised, rounded
-from dsv4.model.recompute import recomputed
 from dsv4.model.record import LayerRecord
 from dsv4.model.rows import Rows
 from dsv4.native import wants_gradient
@@ -21,6 +20,7 @@ from dsv4.ops.experts.store import Matrices
 from dsv4.ops.linear import linear
 from dsv4.ops.lookup import lookup
 from dsv4.ops.lowbit import Kind, Packed
+from dsv4.ops.recompute import Recomputed
 
 
 class Router(nn.Module):
@@ -168,7 +168,8 @@ class SharedExpert(nn.Module):
         activated = swiglu(gate, up, self.limit, backend=call.backend)
         if self.w2.rounds is not None:  # what is kept for the backward pass is the rounded copy
             return self.w2(activated, call.backend)
-        with recomputed(activated, lambda: swiglu(gate, up, self.limit, backend=call.backend)):
+        again = Recomputed(lambda: swiglu(gate, up, self.limit, backend=call.backend))
+        with again.instead_of(activated):
             return self.w2(activated, call.backend)
 
     def matrices(self, backend: Backend, *, in_codes: bool) -> Matrices:

@@ -18,6 +18,7 @@ import torch
 
 from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.mhc import native, portable, reference
+from dsv4.ops.recompute import Recomputed
 from dsv4.ops.shapes import Shapes
 
 
@@ -37,13 +38,14 @@ class Reading(NamedTuple):
 
     x: [B, T, D], the normalised input of the sub-layer, in the dtype of the streams. post: [B, T, N] and
     comb: [B, T, N, N], float32. streams: the streams themselves; ``post`` takes them from here, so that one
-    backward pass adds up both of their gradients.
+    backward pass adds up both of their gradients. again: how backward forms the streams, if they are not kept.
     """
 
     x: torch.Tensor
     post: torch.Tensor
     comb: torch.Tensor
     streams: torch.Tensor
+    again: Recomputed | None = None
 
 
 def pre(
@@ -78,7 +80,11 @@ def post(reading: Reading, y: torch.Tensor, *, backend: Backend = "portable") ->
     chosen = pick(
         backend, reference=reference.post, portable=portable.post, native=native.post, triton="mhc.triton:post"
     )
-    return chosen(reading.streams, y, reading.post, reading.comb)
+    given = reading.streams, y, reading.post, reading.comb
+    if reading.again is None:
+        return chosen(*given)
+    with reading.again.instead_of(reading.streams):
+        return chosen(*given)
 
 
 def write_read(
@@ -94,7 +100,8 @@ def write_read(
 ) -> Reading:
     """Write the sub-layer's output back, as ``post``, and read the input of the next one off what that gives.
 
-    As ``pre`` of ``post``, in values and gradients; the streams in the result are those that ``post`` returns.
+    As ``pre`` of ``post``, in values and gradients; the streams in the result are those that ``post`` returns. They
+    are not kept for backward, here or by the ``post`` of the result: one small mix forms them again, for both.
     """
     shapes = Shapes()
     shapes.check("reading.streams", reading.streams, "B T N D")
@@ -104,11 +111,16 @@ def write_read(
     shapes.check("reading.comb", reading.comb, "B T N N")
     _check_mix(shapes, mix, norm_weight, N, D, iterations)
     numbers = {"norm_eps": norm_eps, "eps": eps, "iterations": iterations}
+    again = Recomputed(lambda: post(reading, y, backend=backend))
     kernel = triton_kernel(backend, "mhc.triton:write_read")
     if kernel is None:
-        return pre(post(reading, y, backend=backend), mix, norm_weight, **numbers, backend=backend)
-    given = (reading.streams, y, reading.post, reading.comb, mix.fn, mix.base, mix.scale, norm_weight)
-    return Reading(*kernel(*given, **numbers))
+        written = post(reading, y, backend=backend)
+        with again.instead_of(written):
+            read = pre(written, mix, norm_weight, **numbers, backend=backend)
+    else:
+        given = (reading.streams, y, reading.post, reading.comb, mix.fn, mix.base, mix.scale, norm_weight)
+        read = Reading(*kernel(*given, **numbers, keep=again.instead_of))
+    return read._replace(again=again)
 
 
 def head(

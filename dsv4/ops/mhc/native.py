@@ -220,11 +220,11 @@ class _Post(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        streams, y, post_weights, comb = ctx.saved_tensors
-        T, N, D = streams.shape
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
+        kept = ctx.saved_tensors  # asked for once: streams may be formed again for each time
+        T, N, D = kept[0].shape
+        grads = [torch.empty_like(x) for x in kept]
         native.call(
-            "dsv4_mhc_post_backward", T, N, D, native.is_bfloat16(streams), _threads(T),
-            streams, y, post_weights, comb, grad.contiguous(), *grads,
+            "dsv4_mhc_post_backward", T, N, D, native.is_bfloat16(kept[0]), _threads(T),
+            *kept, grad.contiguous(), *grads,
         )  # fmt: skip
         return tuple(grads)

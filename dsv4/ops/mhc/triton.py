@@ -13,6 +13,9 @@ Kept for backward: the streams, M mixes and one inverse RMS a token; the Sinkhor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 import triton.language as tl
@@ -59,17 +62,23 @@ def write_read(
     norm_eps: float,
     eps: float,
     iterations: int,
+    keep: Callable[[torch.Tensor], AbstractContextManager[None]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``dsv4.ops.mhc.write_read``; the streams have the bits of ``post``."""
+    """See ``dsv4.ops.mhc.write_read``; the streams have the bits of ``post``.
+
+    keep: a context for what keeps the streams that were written, which it takes.
+    """
     if not _serves(streams, comb) or not _serves(streams, fn) or y.dtype not in DTYPES:
         written = post(streams, y, post_weights, comb)
-        return pre(written, fn, base, scale, norm_weight, norm_eps, eps, iterations)
+        with keep(written):
+            return pre(written, fn, base, scale, norm_weight, norm_eps, eps, iterations)
     B, T, N, D = streams.shape
     given = (x.flatten(0, 1) for x in (streams, y, post_weights, comb))
     written, partial = _PostAhead.apply(*given, fn)
-    x, post_weights, comb, carried = _Pre.apply(
-        written, fn, base, scale, norm_weight, norm_eps, eps, iterations, partial
-    )
+    with keep(written):
+        x, post_weights, comb, carried = _Pre.apply(
+            written, fn, base, scale, norm_weight, norm_eps, eps, iterations, partial
+        )
     return x.view(B, T, D), post_weights.view(B, T, N), comb.view(B, T, N, N), carried.view(B, T, N, D)
 
 

@@ -213,7 +213,7 @@ def test_writing_backends_agree_on_non_contiguous_input():
 
 def test_gradients_are_those_of_finite_differences():
     given = [value.requires_grad_() for value in inputs(1, 2, 2, 3).values()]
-    assert torch.autograd.gradcheck(lambda *given: tuple(read(*given)), given)
+    assert torch.autograd.gradcheck(lambda *given: tuple(read(*given)[:4]), given)
     y_weight, names = float64(3).requires_grad_(), ("fn", "base", "scale", "norm_weight")
 
     def whole(streams, y_weight, *mix):

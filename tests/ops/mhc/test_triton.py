@@ -1,5 +1,7 @@
 """The Triton kernels of the hyper-connections against float64, to the bit over neighbours and runs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def two_sublayers(room, iterations=3, written_and_read=True):
         x, post, comb, carried = room.pre(streams, fn, base, scale, norm_weight, NORM_EPS, EPS, iterations)
         following = -fn, base.flip(0), 0.5 * scale, norm_weight, NORM_EPS, EPS, iterations
         if written_and_read and room is kernels:  # for others it is the one after the other
-            read = room.write_read(carried, y, post, comb, *following)
+            read = room.write_read(carried, y, post, comb, *following, nullcontext)
         else:
             read = room.pre(room.post(carried, y, post, comb), *following)
         return x, *read, room.post(read[3], 2 * y, read[1], read[2])
@@ -210,7 +212,7 @@ def test_writing_and_reading_is_one_after_the_other(dtype, monkeypatch):
         _, post, comb, carried = kernels.pre(streams, *given.values(), NORM_EPS, EPS, 2)
         given = carried, y.to(dtype), post, comb, *given.values()
         with poisoned():
-            found = kernels.write_read(*given, NORM_EPS, EPS, 2)
+            found = kernels.write_read(*given, NORM_EPS, EPS, 2, nullcontext)
         written = kernels.post(*given[:4])
         for mine, other in zip(found, kernels.pre(written, *given[4:], NORM_EPS, EPS, 2), strict=True):
             assert torch.equal(mine, other)

@@ -1,13 +1,19 @@
-"""Writing and reading at once: ``pre`` of ``post``, whatever the backend."""
+"""Writing and reading at once: ``pre`` of ``post``, whatever the backend, and nothing of it is kept."""
+
+import gc
+from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dsv4 import native
 from dsv4.ops import mhc
 from dsv4.testing.compare import evaluate
+from tests.ops.triton_lane import DEVICE
 
 BACKENDS = ["reference", "portable", *(["native"] if native.available() else [])]
+TRITON = ["unproved"] if find_spec("triton") is not None else []
 HOW = {"norm_eps": 1e-3, "eps": 1e-4, "iterations": 3}
 B, T, N, D = 2, 5, 3, 7
 
@@ -25,8 +31,10 @@ def run(at_once, backend):
         first = mhc.pre(streams, mhc.Mix(fn, base, scale), norm_weight, **HOW, backend=backend)
         mix = mhc.Mix(-fn, base.flip(0), scale)
         if at_once:
-            return mhc.write_read(first, y, mix, norm_weight, **HOW, backend=backend)
-        return mhc.pre(mhc.post(first, y, backend=backend), mix, norm_weight, **HOW, backend=backend)
+            second = mhc.write_read(first, y, mix, norm_weight, **HOW, backend=backend)
+        else:
+            second = mhc.pre(mhc.post(first, y, backend=backend), mix, norm_weight, **HOW, backend=backend)
+        return *second[:4], mhc.post(second, 2 * y, backend=backend)
 
     return operation
 
@@ -36,8 +44,28 @@ def test_it_is_one_after_the_other_to_the_bit(backend):
     given = case()
     found, wanted = evaluate(run(True, backend), **given), evaluate(run(False, backend), **given)
     assert found.keys() == wanted.keys()
-    assert len(found) == 4 + len(given)
+    assert len(found) == 5 + len(given)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
+def test_the_streams_in_between_are_let_go_and_formed_again_once_a_backward_pass(backend, monkeypatch):
+    calls, original = [], mhc.post
+    monkeypatch.setattr(mhc, "post", lambda *given, **how: calls.append(given) or original(*given, **how))
+    leaves = {name: x.to(DEVICE).requires_grad_() for name, x in case().items()}
+    x, post, comb, streams, written = run(True, backend)(**leaves)
+    assert len(calls) == (1 if backend in TRITON else 2)  # a kernel writes by itself what it also reads
+    between = StorageWeakRef(streams.untyped_storage())
+    loss = x.sum() + (post.sum() + comb.square().sum() + written.square().sum())
+    del streams
+    calls.clear()
+    gc.collect()  # the interpreter's own cycles, in which arguments of kernels are
+    assert between.expired()
+    first = torch.autograd.grad(loss, leaves.values(), retain_graph=True)
+    assert len(calls) == 1
+    second = torch.autograd.grad(loss, leaves.values())
+    assert len(calls) == 2
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 READING = mhc.Reading(torch.zeros(B, T, D), torch.zeros(B, T, N), torch.zeros(B, T, N, N), torch.zeros(B, T, N, D))
