@@ -23,7 +23,7 @@ from dsv4.ops.backend import Backend
 from dsv4.ops.linear import linear_groups
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
-from dsv4.ops.rope import rotate, rotate_unit
+from dsv4.ops.rope import rotate, rotate_normed, rotate_unit
 
 
 class Compressor(nn.Module):
@@ -71,8 +71,8 @@ class Compressor(nn.Module):
         pooled, tail = compress.compress(kv, gate, self.ape, overlap=self.overlap, tail=tail, backend=call.backend)
         if state is not None:
             state.tail = compress.Tail(tail.kv.detach().clone(), tail.gate.detach().clone())
-        entries = rmsnorm(pooled.to(x.dtype), self.norm.weight, self.eps, backend=call.backend)
-        entries = rotate(entries, *call.entry_rotation[self.kind], backend=call.backend)
+        rotation = call.entry_rotation[self.kind]
+        entries = rotate_normed(pooled.to(x.dtype), self.norm.weight, *rotation, self.eps, backend=call.backend)
         if call.rounds:
             entries = round_entries(entries, self.rotary_dims, is_index=self.is_index, backend=call.backend)
         return entries if state is None else state.entries.extend(entries)
@@ -141,10 +141,14 @@ class Attention(nn.Module):
         q_low = rmsnorm(self.wq_a(x, call.backend), self.q_norm.weight, self.eps, backend=call.backend)  # [B, T, Q]
         q = self.wq_b(q_low, call.backend).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, K]
         q = rotate_unit(q, *rotation, self.eps, backend=call.backend)
-        kv = rmsnorm(self.wkv(x, call.backend), self.kv_norm.weight, self.eps, backend=call.backend)
-        kv = rotate(kv, *rotation, backend=call.backend)  # [B, T, K]
-        if call.rounds:
-            kv = round_entries(kv, 2 * rotation[0].shape[-1], backend=call.backend)
+        kv = rotate_normed(
+            self.wkv(x, call.backend),
+            self.kv_norm.weight,
+            *rotation,
+            self.eps,
+            rounds=call.rounds,
+            backend=call.backend,
+        )  # [B, T, K]
         source = kv if state is None else state.extend_window(kv)
         request = record.indexer if record is not None and self.kind == "csa" else None
         entries, measured = self._entries(x, q_low, call, state, request)

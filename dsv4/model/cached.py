@@ -21,7 +21,7 @@ from dsv4.ops.index.paged import select_paged
 from dsv4.ops.linear import linear, linear_groups, linears
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
-from dsv4.ops.rope import rotate, rotate_unit
+from dsv4.ops.rope import rotate, rotate_normed, rotate_unit
 from dsv4.ops.rows import is_packed
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
     low, raw, *projected = linears(x[0], [m.weight for m in maps], wide=wide, backend=backend)
 
     q_low = rmsnorm(low, layer.q_norm.weight, layer.eps, backend=backend)  # [T, Q]
-    kv = rmsnorm(raw, layer.kv_norm.weight, layer.eps, backend=backend)
-    kv = rotate(kv[None], *rotation, backend=backend)[0]  # [T, K]
-    if call.rounds and not is_packed(row_format):  # which rounds when it stores, and a step reads what is stored
-        kv = round_entries(kv, rotary_dims, backend=backend)
+    rounds = call.rounds and not is_packed(row_format)  # which rounds when it stores, and a step reads what is stored
+    kv = rotate_normed(raw[None], layer.kv_norm.weight, *rotation, layer.eps, rounds=rounds, backend=backend)[
+        0
+    ]  # [T, K]
     for (compressor, part, is_index), tokens, gate in zip(compressors, projected[::2], projected[1::2], strict=False):
         cos, sin = call.entry_rotation[layer.kind]
         compress_paged_(

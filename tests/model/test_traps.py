@@ -96,7 +96,9 @@ def no_inverse(rotate, x, cos, sin, *, inverse=False, **kwargs):
 
 
 def every_rotation(edit):
-    return all_of(change("dsv4.model.attention.rotate", edit), change("dsv4.model.attention.rotate_unit", edit))
+    """Of queries and outputs, and of keys and entries, which the room's own function turns once they are normalised."""
+    places = ("dsv4.model.attention.rotate", "dsv4.model.attention.rotate_unit", "dsv4.ops.rope.rotate")
+    return all_of(*(change(place, edit) for place in places))
 
 
 def window_layers_on_the_compress_table(call, config):

@@ -19,8 +19,7 @@ import torch
 from dsv4.ops.backend import Backend, pick, triton_kernel
 from dsv4.ops.compress import portable, reference
 from dsv4.ops.lowbit import round_entries
-from dsv4.ops.rmsnorm import rmsnorm
-from dsv4.ops.rope import rotate
+from dsv4.ops.rope import rotate_normed
 from dsv4.ops.shapes import Shapes
 
 
@@ -146,7 +145,7 @@ def entries(
     kernel = triton_kernel(backend, "compress.triton_entries:entries")
     if kernel is None or kv.dtype != torch.float32 or dtype == torch.float64:
         pooled = pool(kv, gate, position_bias, overlap=overlap, is_first=is_first, backend=backend)
-        made = rotate(rmsnorm(pooled.to(dtype), norm_weight, eps, backend=backend), cos, sin, backend=backend)
+        made = rotate_normed(pooled.to(dtype), norm_weight, cos, sin, eps, backend=backend)
         return round_entries(made, 2 * cos.shape[-1], is_index=is_index, backend=backend) if rounds else made
     if is_first is None:
         is_first = torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[:2]) == 0

@@ -14,7 +14,9 @@ import math
 
 import torch
 
-from dsv4.ops.backend import Backend, pick
+from dsv4.ops.backend import Backend, pick, triton_kernel
+from dsv4.ops.lowbit import round_entries
+from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import native, portable, reference
 from dsv4.ops.shapes import Shapes
 
@@ -108,6 +110,34 @@ def rotate_unit(
         triton="rope.triton:rotate_unit",
     )
     return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)
+
+
+def rotate_normed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    *,
+    rounds: bool = False,
+    backend: Backend = "portable",
+) -> torch.Tensor:
+    """RMS-normalise each token with weight [K], then rotate, and with ``rounds`` round as released: the key's path.
+
+    x: [B, T, K] float; cos, sin: [B, T, R / 2] float32; returns the shape and dtype of x, to which each step rounds.
+    ``rmsnorm``, ``rotate`` and ``lowbit.round_entries`` one after the other, in one kernel where there is one.
+    """
+    shapes = Shapes()
+    shapes.check("x", x, "B T K")
+    shapes.check("weight", weight, "K")
+    shapes.check("cos", cos, "B T r")
+    shapes.check("sin", sin, "B T r")
+    _check_channels(x, cos)
+    kernel = triton_kernel(backend, "rope.triton:rotate_normed")
+    if kernel is not None and torch.float64 not in (x.dtype, weight.dtype, cos.dtype):
+        return kernel(x, weight, cos, sin, eps, rounds)
+    turned = rotate(rmsnorm(x, weight, eps, backend=backend), cos, sin, backend=backend)
+    return round_entries(turned, 2 * cos.shape[-1], backend=backend) if rounds else turned
 
 
 def _check_channels(x: torch.Tensor, cos: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The rotation as one kernel a direction: a channel reads the other one of its pair from the cache.
 
-Rows are the heads of all tokens, flat; a row's result does not depend on where it lies in a tile.
+Rows are the heads of all tokens, flat; a row's result does not depend on where it lies in a tile. The gradient of a
+norm's weight is a sum over all rows: of ``ROWS_OF_A_SUM`` rows each in the kernel, then of these sums.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from dsv4.ops.lowbit.tables import CACHE_GROUP
+from dsv4.ops.lowbit.triton_codes import bits_of, factor_of, group_scales, nearest_value
 from dsv4.ops.rope import portable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ELEMENTS_OF_A_TILE = 4096  # eight heads of 512 channels, 32 values a thread
 MOST_CHANNELS = 4096
+ROWS_OF_A_SUM = 16  # 4096 tokens fill 256 programs
+
+_GROUP = tl.constexpr(CACHE_GROUP)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
@@ -29,6 +35,15 @@ def rotate_unit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: floa
     if not _serves(x, cos):
         return portable.rotate_unit(x, cos, sin, eps)
     return _RotateUnit.apply(x, cos, sin, eps)
+
+
+def rotate_normed(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, rounds: bool
+) -> torch.Tensor:
+    """See ``dsv4.ops.rope.rotate_normed``; no float64."""
+    if x.shape[-1] > MOST_CHANNELS:
+        raise ValueError(f"x has {x.shape[-1]} channels; expected at most {MOST_CHANNELS}")
+    return _RotateNormed.apply(x, weight, cos, sin, eps, rounds)
 
 
 def _serves(x: torch.Tensor, cos: torch.Tensor) -> bool:
@@ -96,10 +111,44 @@ class _RotateUnit(torch.autograd.Function):
         return grad_x, None, None, None
 
 
+class _RotateNormed(torch.autograd.Function):
+    """Keeps its input and one number a row. The gradient passes straight through the rounding."""
+
+    @staticmethod
+    def forward(ctx, x, weight, cos, sin, eps, rounds):
+        x, weight, cos, sin = x.contiguous(), weight.contiguous(), cos.contiguous(), sin.contiguous()
+        y = torch.empty_like(x)
+        inverse_rms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        if x.numel():
+            num_rows, grid, how = _sizes(x, cos)
+            _rotate_normed[grid](x, weight, cos, sin, y, inverse_rms, num_rows, eps, ROUNDS=rounds, **how)
+        ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, inverse_rms, cos, sin = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        sums = torch.empty(triton.cdiv(inverse_rms.numel(), ROWS_OF_A_SUM), x.shape[-1], device=x.device)
+        if x.numel():
+            num_rows, _, how = _sizes(x, cos)
+            how["ROWS"] = min(how["ROWS"], ROWS_OF_A_SUM)
+            _rotate_normed_backward[(len(sums),)](
+                grad.contiguous(), x, weight, inverse_rms, cos, sin, grad_x, sums, num_rows,
+                ROWS_OF_A_SUM=ROWS_OF_A_SUM, **how,
+            )  # fmt: skip
+        # Over a few sums torch's own reduction, which adds in an order that the shape decides, is as fast as a kernel.
+        return grad_x, sums.sum(dim=0).to(weight.dtype), None, None, None, None
+
+
 @triton.jit
-def _places(num_rows, H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _places(
+    first, num_rows,
+    H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Where a tile's channels lie, those of the other one of each pair and of its angle, and which are there."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = first + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK)
     turned = channels - (K - 2 * PAIRS)  # below 0: a channel that keeps its value
     inside = (rows < num_rows)[:, None] & (channels < K)[None, :]
@@ -127,7 +176,9 @@ def _rotate(
     x, cos, sin, y, num_rows, INVERSE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    _, at, other, angle, inside, is_turned, is_first = _places(num_rows, H, K, PAIRS, ROWS, BLOCK)
+    _, at, other, angle, inside, is_turned, is_first = _places(
+        tl.program_id(0).to(tl.int64) * ROWS, num_rows, H, K, PAIRS, ROWS, BLOCK
+    )
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     partner = tl.load(x + other, mask=is_turned, other=0.0).to(tl.float32)
     value = _turned(value, partner, cos, sin, angle, is_turned, is_first, INVERSE)
@@ -139,7 +190,9 @@ def _rotate_unit(
     x, cos, sin, y, inverse_rms, num_rows, eps,
     H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, at, other, angle, inside, is_turned, is_first = _places(num_rows, H, K, PAIRS, ROWS, BLOCK)
+    rows, at, other, angle, inside, is_turned, is_first = _places(
+        tl.program_id(0).to(tl.int64) * ROWS, num_rows, H, K, PAIRS, ROWS, BLOCK
+    )
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     partner = tl.load(x + other, mask=is_turned, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1) / K + eps)
@@ -156,7 +209,9 @@ def _rotate_unit_backward(
     grad, y, inverse_rms, cos, sin, grad_x, num_rows,
     H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    rows, at, other, angle, inside, is_turned, is_first = _places(num_rows, H, K, PAIRS, ROWS, BLOCK)
+    rows, at, other, angle, inside, is_turned, is_first = _places(
+        tl.program_id(0).to(tl.int64) * ROWS, num_rows, H, K, PAIRS, ROWS, BLOCK
+    )
     inverse = tl.load(inverse_rms + rows, mask=rows < num_rows, other=0.0)[:, None]
     rotated = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     coming = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -168,3 +223,67 @@ def _rotate_unit_backward(
     partner = (coming - rotated * along) * inverse
     value = _turned(value, partner, cos, sin, angle, is_turned, is_first, True)
     tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _as_cached(x, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``lowbit.round_entries`` of a tile: in E4M3 and back, but for what rotates."""
+    group: tl.constexpr = _GROUP if BLOCK > _GROUP else BLOCK
+    is_coded = (tl.arange(0, BLOCK) < K - 2 * PAIRS)[None, :]
+    bits = tl.reshape(tl.where(is_coded, bits_of(x), 0), (ROWS * BLOCK // group, group))
+    scale, stored = group_scales(bits, False)
+    made = nearest_value(bits, scale[:, None], False) * factor_of(stored)[:, None]
+    return tl.where(is_coded, tl.reshape(made, (ROWS, BLOCK)), x)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rotate_normed(
+    x, weight, cos, sin, y, inverse_rms, num_rows, eps, ROUNDS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    rows, at, other, angle, inside, is_turned, is_first = _places(
+        tl.program_id(0).to(tl.int64) * ROWS, num_rows, H, K, PAIRS, ROWS, BLOCK
+    )
+    of_row = rows[:, None] * K
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    partner = tl.load(x + other, mask=is_turned, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1) / K + eps)
+    value = value * inverse[:, None] * tl.load(weight + at - of_row, mask=inside, other=0.0).to(tl.float32)
+    partner = partner * inverse[:, None] * tl.load(weight + other - of_row, mask=is_turned, other=0.0).to(tl.float32)
+    # Rounded between the stages, as the operations one by one do.
+    value = value.to(y.dtype.element_ty).to(tl.float32)
+    partner = partner.to(y.dtype.element_ty).to(tl.float32)
+    value = _turned(value, partner, cos, sin, angle, is_turned, is_first, False)
+    if ROUNDS:
+        value = _as_cached(value.to(y.dtype.element_ty).to(tl.float32), K, PAIRS, ROWS, BLOCK)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+    tl.store(inverse_rms + rows, inverse, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rotate_normed_backward(
+    grad, x, weight, inverse_rms, cos, sin, grad_x, sums, num_rows,
+    H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS_OF_A_SUM: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    channels = tl.arange(0, BLOCK)
+    of_weight = tl.load(weight + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, ROWS_OF_A_SUM, ROWS):
+        rows, at, other, angle, inside, is_turned, is_first = _places(
+            program * ROWS_OF_A_SUM + start, num_rows, H, K, PAIRS, ROWS, BLOCK
+        )
+        inverse = tl.load(inverse_rms + rows, mask=rows < num_rows, other=0.0)[:, None]
+        normed = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse
+        coming = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        partner = tl.load(grad + other, mask=is_turned, other=0.0).to(tl.float32)
+        coming = _turned(coming, partner, cos, sin, angle, is_turned, is_first, True)
+        coming = coming.to(grad.dtype.element_ty).to(tl.float32)
+        total += tl.sum(coming * normed, axis=0)
+        coming = coming * of_weight
+        # y = x r, dr/dx = -r^3 x / K: the part of the gradient along x is removed.
+        along = (tl.sum(coming * normed, axis=1) / K)[:, None]
+        value = (coming - normed * along) * inverse
+        tl.store(grad_x + at, value.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(sums + program * K + channels, total, mask=channels < K)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dsv4.ops.rope import angles, frequencies, rotate, rotate_unit
+from dsv4.ops.lowbit import round_rows
+from dsv4.ops.rope import angles, frequencies, rotate, rotate_normed, rotate_unit
 from dsv4.testing.compare import assert_backends_agree, assert_close, assert_repeatable, evaluate
 
 BACKENDS = ["reference", "portable"]
@@ -195,6 +196,35 @@ def test_two_runs_give_the_same_bits(operation):
     assert_repeatable(lambda x: operation(x, **cos_sin), x=x)
 
 
+# Keys
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_is_normalised_with_its_weight_and_then_rotated(backend):
+    x, weight, turn = torch.randn(2, 3, 7).double(), torch.randn(7).double(), torch.randn(2, 3, 2).double()
+    scaled = x / (x.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * weight
+    pairs = torch.view_as_complex(scaled[..., 3:].unflatten(-1, (2, 2)).contiguous()) * torch.polar(
+        torch.ones_like(turn), turn
+    )
+    found = rotate_normed(x, weight, turn.cos(), turn.sin(), EPS, backend=backend)
+    torch.testing.assert_close(found, torch.cat([scaled[..., :3], torch.view_as_real(pairs).flatten(2)], dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_key_is_what_a_cache_holds_and_its_gradient_passes_through(dtype):
+    x, weight = torch.randn(2, 3, 75).to(dtype), torch.randn(75)
+    cos_sin = {name: value.float() for name, value in random_angles(x, 4).items()}
+
+    def key(rounds):
+        return evaluate(
+            lambda x, weight: rotate_normed(x, weight, **cos_sin, eps=EPS, rounds=rounds), x=x, weight=weight
+        )
+
+    plain, rounded = key(False), key(True)
+    assert torch.equal(rounded.pop("output 0"), round_rows(plain.pop("output 0"), 64, 71))
+    assert all(torch.equal(rounded[name], value) for name, value in plain.items())
+
+
 # Errors
 
 COS = torch.zeros(2, 3, 2)
@@ -229,7 +259,26 @@ def test_queries_that_do_not_fit_are_errors(x, cos, message):
 
 
 @pytest.mark.parametrize(
-    "call", [lambda x: rotate(x, COS, COS, backend="cuda"), lambda x: turn_unit(x, COS, COS, "cuda")]
+    ("x", "weight", "message"),
+    [
+        (torch.zeros(2, 3, 1, 6), torch.zeros(6), r"x has shape \[2, 3, 1, 6\]; expected \[B, T, K\]"),
+        (torch.zeros(2, 3, 6), torch.zeros(5), r"weight has shape \[5\]; expected \[K\] with .*K = 6"),
+        (torch.zeros(2, 4, 6), torch.zeros(6), r"cos has shape \[2, 3, 2\]; expected \[B, T, r\] with .*T = 4"),
+        (torch.zeros(2, 3, 3), torch.zeros(3), r"cos rotates 4 channels; expected at most the 3 of x"),
+    ],
+)
+def test_keys_that_do_not_fit_are_errors(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        rotate_normed(x, weight, COS, COS, EPS)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: rotate(x, COS, COS, backend="cuda"),
+        lambda x: turn_unit(x, COS, COS, "cuda"),
+        lambda x: rotate_normed(x[:, :, 0], x[0, 0, 0], COS, COS, EPS, backend="cuda"),
+    ],
 )
 def test_an_unknown_backend_is_an_error(call):
     with pytest.raises(ValueError, match="backend is 'cuda'; expected one of reference, portable"):
