@@ -49,9 +49,8 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
 
     q_low = rmsnorm(low, layer.q_norm.weight, layer.eps, backend=backend)  # [T, Q]
     rounds = call.rounds and not is_packed(row_format)  # which rounds when it stores, and a step reads what is stored
-    kv = rotate_normed(raw[None], layer.kv_norm.weight, *rotation, layer.eps, rounds=rounds, backend=backend)[
-        0
-    ]  # [T, K]
+    kv = rotate_normed(raw[None], layer.kv_norm.weight, *rotation, layer.eps, rounds=rounds, backend=backend)
+    kv = kv[0]  # [T, K]
     for (compressor, part, is_index), tokens, gate in zip(compressors, projected[::2], projected[1::2], strict=False):
         cos, sin = call.entry_rotation[layer.kind]
         compress_paged_(
