@@ -76,17 +76,18 @@ def mean_kl(
 
     hidden: [B, T, D], what the student's head reads; token_weights: [B, T] float32.
     """
+    backend = resolve(student.backend, hidden.device)
     with torch.no_grad():
         streams, _ = teacher.run(batch.token_ids, segment_ids=batch.segment_ids)
         taught = teacher.hidden(streams)  # [B, T, E]
-        teacher_head = teacher.head.matrix(taught.dtype)
+        teacher_head = teacher.head.matrix(taught.dtype, backend)
     loss, _ = vocabulary_kl(
         hidden.flatten(0, 1),
-        student.head.matrix(hidden.dtype),
+        student.head.matrix(hidden.dtype, backend),
         taught.flatten(0, 1),
         teacher_head,
         token_weights.flatten(),
-        backend=resolve(student.backend, hidden.device),
+        backend=backend,
     )
     return loss
 

@@ -132,7 +132,8 @@ def test_a_model_learns_the_same_and_waits_for_nothing(asked):
     with Tape() as tape:
         found, found_grads = learn(small("unproved"))
     assert tape.unplayable is None
-    assert_all(asked, "attend compress cross_entropy experts index indexer_kl linear mhc rmsnorm rope route")
+    rooms = "attend compress cross_entropy experts index indexer_kl linear mhc rmsnorm rope route vocabulary_kl"
+    assert_all(asked, rooms)
     assert torch.stack(found).tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-4)
     assert found_grads.keys() == grads.keys()
     for name, grad in grads.items():
