@@ -292,13 +292,14 @@ def _half_factor_of(scale):
 
 
 @triton.jit
-def _keep(scores, entry, begin, end, ordered_ptr, peaks_ptr, row, length, BLOCK_N: tl.constexpr, FOLD: tl.constexpr):
-    """Store a tile's scores, [n] float32, as ordered integers, and the largest of each fold."""
+def _keep(scores, first, begin, end, ordered_ptr, peaks_ptr, row, length, BLOCK_N: tl.constexpr, FOLD: tl.constexpr):
+    """Store a tile's scores, [n] float32, from entry ``first`` on, as ordered integers, and the largest of folds."""
+    entry = first + tl.arange(0, BLOCK_N)
     bits = scores.to(tl.int32, bitcast=True)
     ordered = tl.where(scores == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     ordered = tl.where((entry >= begin) & (entry < end), ordered, NOTHING)
     tl.store(ordered_ptr + row * length + entry, ordered)
-    fold = tl.min(entry, axis=0) // FOLD + tl.arange(0, BLOCK_N // FOLD)
+    fold = first // FOLD + tl.arange(0, BLOCK_N // FOLD)
     peaks = tl.max(tl.reshape(ordered, (BLOCK_N // FOLD, FOLD)), axis=1)
     tl.store(peaks_ptr + row * (length // FOLD) + fold, peaks)
 
@@ -318,7 +319,6 @@ def _score_many(
 ):  # fmt: skip
     """One tile of entries, past which the queries of a group stream, by runs of those of one sequence."""
     first_entry = tl.program_id(0) * BLOCK_N
-    entry = first_entry + tl.arange(0, BLOCK_N)
     place = tl.arange(0, GROUP)
     first = first_query + tl.program_id(1) * GROUP
     slot, begin, end = seen_by(first + place, stop_query, slot_ptr, begin_ptr, end_ptr, T, C, RATIO)
@@ -339,7 +339,10 @@ def _score_many(
             q, weights = load_query(q_ptr, weights_ptr, query, HEADS, CHANNELS, BLOCK_I, BLOCK_J)
             scores = score_tile(keys, q, weights)
             own_begin, own_end = _of(begin, place, i), _of(end, place, i)
-            _keep(scores, entry, own_begin, own_end, ordered_ptr, peaks_ptr, query - first_query, length, BLOCK_N, FOLD)
+            _keep(
+                scores, first_entry, own_begin, own_end, ordered_ptr, peaks_ptr, query - first_query, length, BLOCK_N,
+                FOLD,
+            )  # fmt: skip
         start = tl.min(tl.where(is_reader & (place >= stop), place, GROUP), axis=0)
 
 
@@ -365,15 +368,14 @@ def _score_few(
             query = (first + i).to(tl.int64)
             q, weights = load_query(q_ptr, weights_ptr, query, HEADS, CHANNELS, BLOCK_I, BLOCK_J)
             for tile in range(first_tile, tl.cdiv(own_end, BLOCK_N), splits):
-                entry = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 keys = _load_keys(
                     keys_ptr, scales_ptr, table_ptr, own, tile * BLOCK_N, own_end, C, table_width,
                     q_ptr.dtype.element_ty, LAYOUT, CHANNELS, BLOCK_J, BLOCK_N,
                 )  # fmt: skip
                 scores = score_tile(keys, q, weights)
                 _keep(
-                    scores, entry, own_begin, own_end, ordered_ptr, peaks_ptr, query - first_query, length, BLOCK_N,
-                    FOLD,
+                    scores, tile * BLOCK_N, own_begin, own_end, ordered_ptr, peaks_ptr, query - first_query, length,
+                    BLOCK_N, FOLD,
                 )  # fmt: skip
 
 
