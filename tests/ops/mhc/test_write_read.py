@@ -51,20 +51,24 @@ def test_it_is_one_after_the_other_to_the_bit(backend):
 @pytest.mark.parametrize("backend", [*BACKENDS, *TRITON])
 def test_the_streams_in_between_are_let_go_and_formed_again_once_a_backward_pass(backend, monkeypatch):
     calls, original = [], mhc.post
-    monkeypatch.setattr(mhc, "post", lambda *given, **how: calls.append(given) or original(*given, **how))
+
+    def noted(*given, **how):
+        calls.append(StorageWeakRef((made := original(*given, **how)).untyped_storage()))
+        return made
+
+    monkeypatch.setattr(mhc, "post", noted)
     leaves = {name: x.to(DEVICE).requires_grad_() for name, x in case().items()}
     x, post, comb, streams, written = run(True, backend)(**leaves)
     assert len(calls) == (1 if backend in TRITON else 2)  # a kernel writes by itself what it also reads
     between = StorageWeakRef(streams.untyped_storage())
     loss = x.sum() + (post.sum() + comb.square().sum() + written.square().sum())
     del streams
-    calls.clear()
     gc.collect()  # the interpreter's own cycles, in which arguments of kernels are
     assert between.expired()
-    first = torch.autograd.grad(loss, leaves.values(), retain_graph=True)
-    assert len(calls) == 1
-    second = torch.autograd.grad(loss, leaves.values())
-    assert len(calls) == 2
+    calls.clear()
+    first, second = (torch.autograd.grad(loss, leaves.values(), retain_graph=True) for _ in range(2))
+    gc.collect()
+    assert [formed.expired() for formed in calls] == [True] * 2
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
