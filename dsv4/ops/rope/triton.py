@@ -255,7 +255,7 @@ def _rotate_normed(
     partner = partner.to(y.dtype.element_ty).to(tl.float32)
     value = _turned(value, partner, cos, sin, angle, is_turned, is_first, False)
     if ROUNDS:
-        value = _as_cached(value.to(y.dtype.element_ty).to(tl.float32), K, PAIRS, ROWS, BLOCK)
+        value = _as_cached(value, K, PAIRS, ROWS, BLOCK)
     tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
     tl.store(inverse_rms + rows, inverse, mask=rows < num_rows)
 
@@ -279,7 +279,6 @@ def _rotate_normed_backward(
         coming = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         partner = tl.load(grad + other, mask=is_turned, other=0.0).to(tl.float32)
         coming = _turned(coming, partner, cos, sin, angle, is_turned, is_first, True)
-        coming = coming.to(grad.dtype.element_ty).to(tl.float32)
         total += tl.sum(coming * normed, axis=0)
         coming = coming * of_weight
         # y = x r, dr/dx = -r^3 x / K: the part of the gradient along x is removed.

@@ -83,13 +83,24 @@ def test_rotate_normed(sizes, dtype):
     check(dtype, x, *table(B, T, pairs), normed, normed_wanted, roundings=4, weight=weight)
 
 
+def test_each_step_rounds():
+    """But for a last bit of an RMS what the operations one by one make of float16."""
+    x, weight = torch.randn(3, 5, 40, device=DEVICE).half(), torch.randn(40, device=DEVICE)
+    cos, sin = table(3, 5, 20)
+    found = normed(x, weight, cos, sin), kernels.rotate_unit(x[:, :, None], cos[:, :, None], sin[:, :, None], EPS)
+    wanted = normed_wanted(x, weight, cos, sin), normed_wanted(x, None, cos, sin)[:, :, None]
+    for one, other in zip(found, wanted, strict=True):
+        assert (one == other).float().mean() > 0.98
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("K", "pairs"), [(200, 10), (20, 3), (6, 3)])
 def test_a_key_is_rounded_as_released(K, pairs, dtype):
     """Numbers of size 1 have an RMS of 1 in whatever order their squares are added."""
     x = torch.randint(0, 2, (2, 3, K), device=DEVICE).to(dtype) * 2 - 1
-    weight = torch.randn(K, device=DEVICE) * 2.0 ** torch.randint(-9, 9, (K,), device=DEVICE)
     turn, coded = table(2, 3, pairs), K - 2 * pairs
+    weight = torch.randn(K, device=DEVICE) * 2.0 ** torch.randint(-9, 4, (K,), device=DEVICE)
+    weight[coded:] *= 64  # which no scale may see
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     with poisoned():
         found = kernels.rotate_normed(*leaves, *turn, 1e-12, True)
