@@ -15,10 +15,7 @@ import triton.language as tl
 _ABS = tl.constexpr(0x7FFFFFFF)
 _INF = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
-_MOST = tl.constexpr(0x7F7FFFFF)  # the largest float32
-_E4M3 = tl.constexpr(
-    0x87F00000 - (1 << 32)
-)  # sign, the four lower bits of the exponent, the three upper of the mantissa
+_E4M3 = tl.constexpr(0x87F00000 - (1 << 32))  # sign, the exponent's four lower bits, the mantissa's three upper ones
 
 
 def raw_bits(x: torch.Tensor) -> torch.Tensor:
@@ -65,10 +62,10 @@ def cast_exact(y, dtype: tl.constexpr):
 def scale_of(most, IS_FP4: tl.constexpr, IS_KEY: tl.constexpr = False):
     """The E8M0 scale of a group by the bits of its largest size: exponents less, and one more if the mantissa is above.
 
-    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126 in FP4 and in keys.
+    The code's largest is 1.75 x 2^8, or 1.5 x 2^2; its floor has the scale 2^-22, or 2^-126 in FP4 and in keys. An
+    infinite size has the exponent to which the largest float32 carries.
     """
     above: tl.constexpr = 0x3FFFFF if IS_FP4 else 0x1FFFFF  # what carries into the exponent from such a mantissa up
-    most = tl.minimum(most, _MOST)  # of an infinite one
     return tl.maximum((most + above >> 23) - (2 if IS_FP4 else 8), 1 if IS_FP4 or IS_KEY else 105)
 
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import triton.language as tl
+from triton import jit
 
 from dsv4.ops.lowbit import Packed, reference, triton
 from dsv4.ops.lowbit.tables import E2M1, E4M3
+from dsv4.ops.lowbit.triton_codes import cast
 from tests.ops.triton_lane import DEVICE, poisoned
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # infinity, by the interpreter
@@ -76,6 +79,23 @@ def rows_below(largest, values, width):
 
 
 # Every value
+
+
+@jit
+def _cast_kernel(x, y, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, cast(tl.load(x + at), y.dtype.element_ty))
+
+
+def test_bfloat16_is_rounded_to_as_torch_does():
+    """Ties, what carries into the exponent, infinity, and NaN of all bits, which is that of a GPU."""
+    upper = torch.tensor([0, 1, 0x7F, 0x80, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF])
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (upper[:, None] << 16 | lower).flatten()
+    bits = torch.cat([bits, bits - 2**31, torch.zeros(256 - 2 * len(bits), dtype=torch.int64)]).int()
+    x, y = bits.to(DEVICE).view(torch.float32), torch.empty(256, dtype=torch.int16, device=DEVICE)
+    _cast_kernel[(1,)](x, y, 256)
+    assert same(y.view(torch.bfloat16), bits.view(torch.float32).bfloat16())
 
 
 @pytest.mark.parametrize("code", [E4M3, E2M1], ids=["e4m3", "e2m1"])
@@ -174,13 +194,13 @@ def test_blocks_of_stacks_and_at_edges(shape):
     for scale_dtype in (torch.uint8, torch.float32):
         check("quantise_blocks", w, scale_dtype)
         packed = Packed(*reference.quantise_blocks(w, scale_dtype), "fp8")
-        check_packed(packed)
+        check_packed(packed, [torch.float32, torch.bfloat16])
     check("round_blocks", w, torch.float32)
     check("round_blocks", w, torch.bfloat16)
 
 
-def check_packed(packed):
-    for dtype in (*DTYPES, torch.float64):
+def check_packed(packed, dtypes=(*DTYPES, torch.float64)):
+    for dtype in dtypes:
         with poisoned():
             found = triton.dequantise(Packed(packed.codes.to(DEVICE), packed.scales.to(DEVICE), packed.kind), dtype)
         assert same(found, reference.dequantise(packed, dtype))
@@ -190,8 +210,9 @@ def test_every_code_under_every_scale():
     codes = torch.arange(256, dtype=torch.uint8)
     scales = torch.arange(255, dtype=torch.uint8)
     check_packed(Packed(codes[:16].repeat(255, 1) * 17, scales[:, None], "fp4"))
-    for own in scales.split(51):  # blocks side by side, so that the reference is done soon
-        check_packed(Packed(codes.repeat(1, len(own)), own.repeat_interleave(2)[None], "fp8"))
+    stack = codes.view(2, 128).expand(255, 2, 128)
+    check_packed(Packed(stack, scales[:, None, None], "fp8"), [torch.float32])
+    check_packed(Packed(stack[::5], scales[::5, None, None], "fp8"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,7 +10,7 @@ from tests.ops.triton_lane import DEVICE, DTYPES, assert_near, poisoned
 
 EPS = 0.1  # with one channel the gradient is what eps leaves of it
 # one channel, tails, more rows than one partial sum, a row wider than what rows share a program with, no rows
-SHAPES = [(1, 1), (3, 5), (2, 3, 70), (37, 12), (3, 2100), (0, 5)]
+SHAPES = [(1, 1), (3, 5), (2, 3, 70), (19, 150), (3, 2100), (0, 5)]
 
 
 def normalise(x, weight):
@@ -43,6 +43,12 @@ def test_a_weight_of_another_dtype():
     weight = torch.randn(9).half()
     grad = torch.autograd.grad(normalise(torch.randn(5, 9), weight.requires_grad_()).sum(), weight)[0]
     assert grad.dtype == torch.float16
+
+
+def test_a_row_is_rounded_once():
+    x, weight = torch.ones(1, 300, device=DEVICE).half(), 1 + torch.rand(300, device=DEVICE)
+    wanted = reference.rmsnorm(x, weight, EPS)
+    assert (normalise(x, weight) == wanted).float().mean() > 0.98  # all but what a last bit of the RMS tips
 
 
 def test_rows_of_very_different_sizes():
