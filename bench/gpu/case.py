@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 Run = Callable[[], object]
 
 BANDWIDTH = 0.75  # of the speed of copies: what mHC, compression and casts should reach on one H200
@@ -33,3 +35,16 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kernel}, {self.shape}"
+
+
+def compiled(make: Callable[[], Run]) -> Callable[[], Run]:
+    """What torch.compile makes of a twin, or of the specification.
+
+    It begins anew each time: of one function it compiles few variants, and runs the rest as they are without a word.
+    """
+
+    def made() -> Run:
+        torch.compiler.reset()
+        return torch.compile(make())
+
+    return made

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import Case
+from bench.gpu.case import Case, compiled
 from dsv4.device import best
 from dsv4.ops.backend import Backend
 from dsv4.ops.cross_entropy import cross_entropy
@@ -50,7 +50,7 @@ def _case(model: str, tokens: int, dtype: torch.dtype, learns: bool) -> Case:
         flops=2 * tokens * V * D * (3 if learns else 1),
         twins={
             "portable": maker("portable"),
-            "compiled": lambda: torch.compile(_make(D, tokens, dtype, learns, "reference")),
+            "compiled": compiled(lambda: _make(D, tokens, dtype, learns, "reference")),
         },
         mark=MARKS[dtype] * (0.8 if dtype == torch.float32 and not learns else 1),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu.case import Case, Run
+from bench.gpu.case import Case, Run, compiled
 from dsv4.device import empty_cache, wait
 
 WARM_UPS = 3
@@ -108,7 +108,7 @@ def _twins(case: Case) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Those of the case, and the portable one compiled."""
     yield from case.twins.items()
     if "portable" in case.twins and "compiled" not in case.twins:
-        yield "compiled", lambda: torch.compile(case.twins["portable"]())
+        yield "compiled", compiled(case.twins["portable"])
 
 
 def free() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.gpu.case import BANDWIDTH, Case
+from bench.gpu.case import BANDWIDTH, Case, compiled
 from dsv4.device import best
 from dsv4.ops import mhc
 from dsv4.ops.backend import Backend
@@ -67,7 +67,7 @@ def _case(
         flops=flops,
         twins={
             "portable": lambda: make("portable", D, tokens),
-            "compiled": lambda: torch.compile(make("reference", D, tokens)),
+            "compiled": compiled(lambda: make("reference", D, tokens)),
         },
         mark=BANDWIDTH if tokens == TOKENS else None,
     )

@@ -29,7 +29,10 @@ def _case(name: str, D: int, *, backward: bool) -> Case:
         shape=f"{name} {TOKENS} tokens of {D}",
         make=lambda: _make("unproved", D, backward),
         num_bytes=tensors * TOKENS * D * 2,
-        twins={"portable": lambda: _make("portable", D, backward), "compiled": lambda: _compiled(D, backward)},
+        twins={
+            "portable": lambda: _make("portable", D, backward),
+            "compiled": lambda: _make("compiled", D, backward),
+        },
         mark=0.7,
     )
 
@@ -45,11 +48,3 @@ def _make(backend: Backend, D: int, backward: bool) -> Callable[[], object]:
     if not backward:
         return lambda: rmsnorm(x, weight, EPS, backend=backend)
     return lambda: torch.autograd.grad(rmsnorm(x, weight, EPS, backend=backend), (x, weight), grad)
-
-
-def _compiled(D: int, backward: bool) -> Callable[[], object]:
-    x, weight, grad = _tensors(D, backward)
-    run = torch.compile(lambda x, weight: rmsnorm(x, weight, EPS, backend="reference"))
-    if not backward:
-        return lambda: run(x, weight)
-    return lambda: torch.autograd.grad(run(x, weight), (x, weight), grad)
