@@ -98,7 +98,11 @@ def bench_engine(
     with console.status("preparing"):
         transformer = open_model(model, options, residence)
     results = heading("engine", model, transformer, options)
-    results |= {"weights_are": residence.weights, "expert_bytes": residence.expert_bytes}
+    results |= {
+        "weights_are": residence.weights,
+        "expert_bytes": residence.expert_bytes,
+        "backend": transformer.backend,
+    }
     found: list[dict[str, Any]] = []
     results |= {"prompts": "random" if text is None else str(text), "temperature": temperature, "cases": found}
     for case in cases:

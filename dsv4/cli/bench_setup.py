@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +17,7 @@ from rich.console import Console
 from dsv4.accounting.parameters import parameters
 from dsv4.cli import models
 from dsv4.cli.models import RESIDENCE, Precision, Residence, find_model, on_device
+from dsv4.config.backend import BackendChoice
 from dsv4.config.engine import EngineCacheFormat
 from dsv4.config.files import write_then_rename
 from dsv4.config.model import ModelConfig
@@ -88,7 +89,7 @@ def open_model(model: str, options: Options, residence: Residence = RESIDENCE) -
 
     from dsv4.cli.process import keep_freed_memory
 
-    if is_preset(model) and residence != RESIDENCE:
+    if is_preset(model) and replace(residence, backend=RESIDENCE.backend) != RESIDENCE:
         raise ValueError(
             f"--weights is {residence.weights} and --expert-bytes {residence.expert_bytes} with the preset {model}; "
             "expected the folder of a run or checkpoint: a preset is in no file"
@@ -97,20 +98,23 @@ def open_model(model: str, options: Options, residence: Residence = RESIDENCE) -
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     if is_preset(model):
-        return random_model(preset(model), options)
+        return random_model(preset(model), options, residence.backend)
     return models.open_model(find_model(Path(model)), options.precision, residence)
 
 
-def random_model(config: ModelConfig, options: Options) -> Transformer:
+def random_model(config: ModelConfig, options: Options, backend: BackendChoice = "auto") -> Transformer:
     """Return a model with random weights in the precision asked for. No second copy of it is ever held."""
     import torch
 
+    from dsv4.device import best
     from dsv4.model.init import initialize_
     from dsv4.model.precision import pack
     from dsv4.model.transformer import Transformer
+    from dsv4.ops.backend import resolve
 
     dtype = torch.float32 if options.precision == "float32" else torch.bfloat16
-    model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype)
+    resolve(backend, best())
+    model = Transformer(config, weight_dtype=dtype, activation_dtype=dtype, backend=backend)
     initialize_(model, options.seed)
     return on_device(pack(model) if options.precision == "released" else model.eval())
 

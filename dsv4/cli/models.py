@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dsv4.config.backend import BackendChoice
+
 if TYPE_CHECKING:
     from dsv4.model.transformer import Transformer
 
@@ -17,12 +19,14 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Residence:
-    """Where the weights are while the model runs."""
+    """Where the weights are while the model runs, and what computes with them."""
 
     weights: Weights = "memory"
     """mapped: in the checkpoint's files, of which the system reads what is used; they may be larger than memory."""
     expert_bytes: int | None = None
     """Read routed experts when they are used, and keep the most used ones in so many bytes at most."""
+    backend: BackendChoice = "auto"
+    """How operations are computed: auto takes the fastest that was proved here; see docs/accelerators.md."""
 
 
 RESIDENCE = Residence()
@@ -81,8 +85,11 @@ def open_model(directory: Path, precision: Precision, residence: Residence = RES
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from dsv4.checkpoint.load import load_model
+    from dsv4.device import best
+    from dsv4.ops.backend import resolve
 
     check_residence(residence)
+    resolve(residence.backend, best())
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("reading"), BarColumn(bar_width=20), DownloadColumn(binary_units=True),
@@ -92,6 +99,7 @@ def open_model(directory: Path, precision: Precision, residence: Residence = RES
         task = progress.add_task("reading", total=None)
         model = load_model(
             directory, precision, weights=residence.weights, expert_bytes=residence.expert_bytes,
+            backend=residence.backend,
             tell=lambda done, total: progress.update(task, completed=done, total=total),
         )  # fmt: skip
     return on_device(model)

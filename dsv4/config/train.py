@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from dsv4.config.backend import BackendChoice
+
 Train = Literal["all", "indexer"]
 AttentionMode = Literal["dense", "sparse"]
 Precision = Literal["plain", "fp8", "fp4"]
@@ -292,9 +294,12 @@ class TrainConfig:
     init: str = ""
     """The folder of a model whose weights the run starts from, with its tokenizer.json; empty for random ones. Ours."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    backend: BackendChoice = "auto"
+    """How operations are computed; ``auto``: by the fastest that was proved on the device. Ours."""
 
     def __post_init__(self) -> None:
         problems = _not_one_of("activations", self.activations, ("bfloat16", "float32"))
+        problems += _not_one_of("backend", self.backend, get_args(BackendChoice))
         if not 0 <= self.seed < 2**63:  # NumPy's generator would round a larger one
             problems.append(f"seed is {self.seed}; expected 0 <= seed < 2**63")
         if not self.phases:

@@ -1,9 +1,10 @@
 """Choose an implementation by name. There is no fallback: a name that cannot run is an error.
 
 ``reference`` is the specification, ``portable`` plain torch for any device, ``native`` portable with C kernels where
-an operation has them, for the CPU, ``triton`` portable with the Triton kernels that were proved on a GPU
-(``proved.json``), and ``unproved`` with all of them, which is for proving them. ``auto``, a model's default, is
-``native`` on a CPU and ``triton`` on an accelerator, where they can be had, and ``portable`` otherwise.
+an operation has them, for the CPU, ``compiled`` portable with what gains by ``torch.compile`` put through it,
+``triton`` portable with the Triton kernels that were proved on a GPU (``proved.json``), and ``unproved`` with all of
+them, which is for proving them. ``auto``, a model's default, is ``native`` on a CPU and ``triton`` on an accelerator,
+where they can be had, and ``portable`` otherwise.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 import torch
 
 from dsv4 import native as kernels
+from dsv4.ops.compiled import check_compiler
 
-Backend = Literal["reference", "portable", "native", "triton", "unproved"]
-BackendChoice = Literal["auto", "reference", "portable", "native", "triton", "unproved"]
+Backend = Literal["reference", "portable", "native", "compiled", "triton", "unproved"]
+BackendChoice = Literal["auto", "reference", "portable", "native", "compiled", "triton", "unproved"]
 
 PROVED = Path(__file__).with_name("proved.json")
 """Kernels, as ``module:function`` below ``dsv4.ops``, and on what and when their numerics were proved; ``make gpu``."""
@@ -38,7 +40,9 @@ def check_backend(backend: str) -> None:
 
 
 def resolve(choice: BackendChoice, device: torch.device) -> Backend:
-    """Return the implementation that a choice stands for on a device."""
+    """Return the implementation that a choice stands for on a device; ``ValueError`` if that cannot run there."""
+    if choice == "compiled":
+        check_compiler(device.type)
     if choice != "auto":
         return cast(Backend, choice)
     if device.type == "cpu":
@@ -52,11 +56,13 @@ def pick(
     reference: Callable[_P, _R],
     portable: Callable[_P, _R],
     native: Callable[_P, _R] | None = None,
+    compiled: Callable[_P, _R] | None = None,
     triton: str | None = None,
 ) -> Callable[_P, _R]:
     """Return the implementation that ``backend`` names; an operation without kernels has its portable one.
 
-    triton: where its Triton kernel is, ``module:function`` below ``dsv4.ops``, imported when it is first wanted.
+    compiled: of ``dsv4.ops.compiled``, where that was seen to be faster. triton: where its Triton kernel is,
+    ``module:function`` below ``dsv4.ops``, imported when it is first wanted.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(get_args(Backend))}")
@@ -64,7 +70,8 @@ def pick(
         return reference
     if triton is not None and (kernel := triton_kernel(backend, triton)) is not None:
         return kernel
-    return native if backend == "native" and native is not None else portable
+    own = {"native": native, "compiled": compiled}.get(backend)
+    return portable if own is None else own
 
 
 def triton_kernel(backend: Backend, name: str) -> Callable[..., Any] | None:

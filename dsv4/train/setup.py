@@ -29,6 +29,7 @@ from dsv4.data.store import TokenStore
 from dsv4.data.tokenizer import check_tokenizer, load_tokenizer, token_bytes
 from dsv4.model.init import initialize_
 from dsv4.model.transformer import Transformer
+from dsv4.ops.backend import resolve
 from dsv4.train.loop import Parts
 from dsv4.train.teacher import check_teacher, load_teacher
 
@@ -50,6 +51,7 @@ def set_up(
     """
     model_config = load_config(config.model)
     check_against_model(config, model_config)
+    resolve(config.backend, device)
     is_new = not resume
     if is_new and config.init:
         check_init(Path(config.init), model_config)
@@ -100,7 +102,7 @@ def build_model(config: TrainConfig, model_config: ModelConfig, *, is_new: bool 
 
     Its weights are random or, where the recipe says so and the run is new, those of the model it starts from.
     """
-    model = Transformer(model_config, activation_dtype=getattr(torch, config.activations))
+    model = Transformer(model_config, activation_dtype=getattr(torch, config.activations), backend=config.backend)
     initialize_(model, config.seed)
     if is_new and config.init:
         model.load_state_dict(load_model(config.init, "float32").state_dict())

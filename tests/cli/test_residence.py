@@ -69,7 +69,8 @@ def test_the_benchmark_counts_what_was_read(directory, tmp_path, capsys):
 
 
 def test_each_case_is_counted_by_itself(directory, tmp_path):
-    results = bench(directory, tmp_path, "--weights", "mapped", "--expert-bytes", 10**8)
+    results = bench(directory, tmp_path, "--weights", "mapped", "--expert-bytes", 10**8, "--backend", "portable")
+    assert results["backend"] == "portable"
     assert [case["expert_misses"] for case in results["cases"]] == [0, 0]  # all were read while it warmed up
 
 
@@ -77,6 +78,7 @@ def test_each_case_is_counted_by_itself(directory, tmp_path):
 def test_without_a_pool_there_is_nothing_to_count(directory, tmp_path, capsys, options):
     results = bench(directory, tmp_path, *options)
     assert (results["weights_are"], results["expert_bytes"]) == ("mapped" if options else "memory", None)
+    assert results["backend"] == "auto"
     assert not any(name.startswith("expert_") for name in results["cases"][0])
     assert "Experts" not in capsys.readouterr().out
 

@@ -119,6 +119,11 @@ def test_conversations_have_no_byte_baseline():
     assert line == "run.baseline_order is 3; expected 0: of conversations a part is predicted"
 
 
+def test_a_backend_that_is_none_is_named():
+    (line,) = problems(replace, RECIPE, backend="fast")
+    assert line.startswith("backend is 'fast'; expected one of auto, reference, portable, native, compiled")
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_a_generator_would_not_take_is_named(seed):
     assert problems(replace, RECIPE, seed=seed) == [f"seed is {seed}; expected 0 <= seed < 2**63"]

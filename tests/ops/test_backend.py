@@ -1,10 +1,13 @@
 """Implementations are chosen by name, and a wrong name says which ones exist."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from dsv4 import native
-from dsv4.ops.backend import check_backend, pick, resolve
+from dsv4.config import backend as asked
+from dsv4.ops.backend import BackendChoice, check_backend, pick, resolve
 
 
 def reference():
@@ -22,6 +25,10 @@ def kernel():
 @pytest.mark.parametrize("backend", ["auto", "reference", "portable", "native"])
 def test_known_names_pass(backend):
     check_backend(backend)
+
+
+def test_what_can_be_asked_for_is_what_there_is():
+    assert get_args(asked.BackendChoice) == get_args(BackendChoice)
 
 
 @pytest.mark.parametrize(("backend", "chosen"), [("reference", reference), ("portable", portable), ("native", kernel)])

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsv4.config import presets
 from dsv4.config.recipes import smoke
 from dsv4.config.train import Phase
 from dsv4.optim import Optimizer
 from dsv4.optim.groups import is_indexer
 from dsv4.testing.batches import packed_batch, split, work_of
 from dsv4.testing.toys import flash_like, toy_model
+from dsv4.train.setup import build_model
 from dsv4.train.step import choose_experts, move_biases, train_step
 
 V, T = 101, 67
@@ -26,6 +28,11 @@ def recipe(*, clip_norm=1.0, **loss):
     small = smoke()
     optimizer = replace(small.optimizer, clip_norm=clip_norm)
     return replace(small, loss=replace(small.loss, **loss), optimizer=optimizer)
+
+
+def test_a_model_is_computed_as_the_recipe_says():
+    found = build_model(replace(smoke(), backend="reference"), presets.smoke())
+    assert (found.backend, build_model(smoke(), presets.smoke()).backend) == ("reference", "auto")
 
 
 class Run:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from dsv4.ops.backend import Backend, pick, triton_kernel
+from dsv4.ops.compiled import compiled
 from dsv4.ops.compress import portable, reference
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rope import rotate_normed
@@ -103,6 +104,7 @@ def pool(
             backend,
             reference=reference.pool_overlapped,
             portable=portable.pool_overlapped,
+            compiled=compiled(portable.pool_overlapped, channels=2),
             triton="compress.triton:pool_overlapped",
         )
         return chosen(kv, gate + position_bias, is_first)

@@ -11,6 +11,7 @@ import torch
 
 from dsv4.native import wants_gradient
 from dsv4.ops.backend import Backend, pick, triton_kernel
+from dsv4.ops.compiled import compiled
 from dsv4.ops.experts import coded, native, portable, reference, rounded
 from dsv4.ops.experts.store import CODES, ExpertStore, Matrices
 from dsv4.ops.shapes import Shapes, check_integer
@@ -30,6 +31,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float, *, backend: Backe
         reference=reference.swiglu,
         portable=portable.swiglu,
         native=native.swiglu,
+        compiled=compiled(reference.swiglu, channels=1),
         triton="experts.triton:swiglu",
     )
     return run(gate, up, limit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from dsv4.ops.backend import Backend, pick
+from dsv4.ops.compiled import compiled
 from dsv4.ops.rmsnorm import native, portable, reference
 from dsv4.ops.shapes import Shapes, check_floating
 
@@ -27,6 +28,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, backend
         reference=reference.rmsnorm,
         portable=portable.rmsnorm,
         native=native.rmsnorm,
+        compiled=compiled(reference.rmsnorm, channels=1),
         triton="rmsnorm.triton:rmsnorm",
     )
     return chosen(x, weight, eps)

@@ -15,6 +15,7 @@ import math
 import torch
 
 from dsv4.ops.backend import Backend, pick, triton_kernel
+from dsv4.ops.compiled import compiled
 from dsv4.ops.lowbit import round_entries
 from dsv4.ops.rmsnorm import rmsnorm
 from dsv4.ops.rope import native, portable, reference
@@ -107,6 +108,7 @@ def rotate_unit(
         reference=reference.rotate_unit,
         portable=portable.rotate_unit,
         native=native.rotate_unit,
+        compiled=compiled(reference.rotate_unit, channels=2),
         triton="rope.triton:rotate_unit",
     )
     return chosen(x, cos.unsqueeze(2), sin.unsqueeze(2), eps)
