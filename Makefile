@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: test check browser demo demo-chat mini gpu bench-gpu ablations recall qat-study bench-cpu bench-train \
-	bench-engine bench-context bench-released bench-serve soak numbers golden clean
+	bench-compiled bench-engine bench-context bench-released bench-serve soak numbers golden clean
 
 test: .venv/ready  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
@@ -67,6 +67,9 @@ qat-study: .venv/ready  ## what rounding to FP4 costs nano and what training wit
 
 bench-train: .venv/ready  ## a whole training step of nano, beside transformers with torch's Muon
 	$(BIN)/python bench/train_cpu.py --json bench/results/train_cpu.json
+
+bench-compiled: .venv/ready  ## what torch.compile makes of the portable path; about ten minutes, most of them compiling
+	$(BIN)/python bench/compiled_cpu.py --step --json bench/results/compiled_cpu.json
 
 bench-engine: .venv/ready  ## the engine on 246M parameters: prefill, decode, times, memory; two minutes
 	$(BIN)/dsv4 bench engine --prompt-tokens 512 4096 16384 --concurrency 1 8 --json bench/results/engine_cpu.json
