@@ -1,7 +1,8 @@
-"""Linear maps of codes, which are decoded as they are multiplied, and wide maps of 16-bit numbers.
+"""Linear maps of codes, which are decoded as they are multiplied, and wide maps of x in 16 bits.
 
 Plain maps that are not wide are torch's: no kernel here is as fast as the vendor's library, nor is one for groups. A
-wide map of 16-bit numbers has products that are exact in float32: it needs no widened copy of its weight. Rows of x
+wide map of 16-bit numbers has products that are exact in float32: it needs no widened copy of its weight; and a float32
+weight is three 16-bit ones, on tensor cores instead of the plain units. Rows of x
 are rounded in a kernel of their own, once for all weights of ``linears``, since each tile of a weight reads them again.
 
 A row's bits do not depend on the other rows: sums are over all channels in the same steps (``triton_product.py``). A
@@ -160,7 +161,7 @@ def _one(x: torch.Tensor, rows: Rounded, weight: Weight, wide: bool) -> torch.Te
         return portable.linear(x, weight, wide)
     if isinstance(weight, Packed):
         return of_codes(rows, weight, wide)
-    if wide and x.dtype == weight.dtype != torch.float32:
+    if wide and x.dtype != torch.float32 and weight.dtype in (x.dtype, torch.float32):
         return _Wide.apply(x, weight)
     return portable.linear(x, weight, wide)
 
@@ -171,12 +172,15 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        return multiply(flat, as_read(weight), *weight.shape, torch.float32).view(*x.shape[:-1], len(weight))
+        flat, read = x.reshape(-1, x.shape[-1]).contiguous(), as_read(weight)
+        if weight.dtype != x.dtype:
+            read = read._replace(kind="whole")
+        return multiply(flat, read, *weight.shape, torch.float32).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         narrow = grad.to(x.dtype)
-        return narrow @ weight, narrow.flatten(0, -2).T @ x.flatten(0, -2)
+        grad_weight = narrow.flatten(0, -2).T @ x.flatten(0, -2)
+        return narrow @ weight.to(x.dtype), grad_weight.to(weight.dtype)

@@ -8,6 +8,7 @@ at a time, the sums are made in the same order.
 A weight may be numbers, or codes of ``Packed``:
 
     plain     any float dtype, rounded to that of the tokens
+    whole     float32 beside tokens of 16 bits: the sum of three of their numbers, which have all of its 24 digits
     fp8       E4M3. Sums over a block's 128 columns are scaled, as the released rule has it, with any scales: a scale
               costs a product for each of the sums, which are few, instead of one for each code
     fp4       E2M1 by a power of two, in the dtype of the tokens: exact in bfloat16
@@ -90,7 +91,7 @@ def as_read(weight: torch.Tensor | Packed) -> Coded:
 
 def config_of(dtype: torch.dtype, weight: Coded, tokens: float) -> Config:
     """The tile for so many tokens at a weight. Columns are taken in the same order whatever their number."""
-    is_plain = weight.kind == "plain"
+    is_plain = weight.kind in ("plain", "whole")
     if dtype == torch.float32:
         return CONFIGS["float32" if is_plain else "float32 codes"]
     size = "few" if tokens <= FEW else "some" if tokens <= SOME else "many"
@@ -246,7 +247,11 @@ def _meet(
         else:
             at = w + row.to(tl.int64)[:, None] * K + column[None, :]
         given = tl.load(at, mask=(column < K)[None, :], other=0) if K % STEP else tl.load(at)
-        acc = tl.dot(given.to(dtype), channels[0], acc, input_precision="ieee")
+        for _ in tl.static_range(3 if KIND == "whole" else 1):
+            digits = given.to(dtype)
+            acc = tl.dot(digits, channels[0], acc, input_precision="ieee")
+            if KIND == "whole":
+                given -= digits.to(tl.float32)
     return acc
 
 
