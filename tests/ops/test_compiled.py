@@ -16,7 +16,7 @@ def learned(gate, up, backend):
     return y, *torch.autograd.grad(y, (gate, up), torch.ones_like(y))
 
 
-def test_values_and_gradients_are_those_of_the_portable_path_and_a_length_costs_nothing():
+def test_values_and_gradients_are_those_of_plain_torch_and_a_length_costs_nothing():
     assert resolve("compiled", CPU) == "compiled"
     before, graphs = counters["stats"]["unique_graphs"], []
     for tokens in (5, 9, 14):
