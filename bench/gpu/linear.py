@@ -1,4 +1,4 @@
-"""Linear maps on a GPU: of codes, at the sizes that Flash and Pro serve, and wide maps of bfloat16: router and head."""
+"""Linear maps on a GPU: of codes, at the sizes that Flash and Pro serve, and wide ones: router, compressor, head."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ CODED = {
     "pro shared w1": (3072, 7168),
 }
 FP4 = {"flash expert w1": (2048, 4096), "pro expert w1": (3072, 7168)}
-WIDE = {"flash router": (256, 4096), "pro router": (384, 7168)}
+WIDE = {"flash router": (256, 4096), "flash compressor": (1024, 4096), "pro router": (384, 7168)}
 HEAD = {"flash head": (129280, 4096), "pro head": (129280, 7168)}  # of the tokens that are sampled
-BYTES = {"fp8": 1.0, "fp4": 0.5 + 1 / FP4_GROUP, "bfloat16": 2.0}  # of a weight
+BYTES = {"fp8": 1.0, "fp4": 0.5 + 1 / FP4_GROUP, "bfloat16": 2.0, "float32": 4.0}  # of a weight
 
 
 def cases() -> list[Case]:
-    """FP8 by E8M0 scales, as released, and by float32 ones, as in the Base files; FP4; and wide maps."""
+    """FP8 by E8M0 scales, as released, and by float32 ones, as in the Base files; FP4; wide, served and trained."""
     found = [_case(name, size, tokens, "fp8") for name, size in CODED.items() for tokens in TOKENS]
     found += [_case(f"{name}, float32 scales", CODED[name], TOKENS[0], "fp8") for name in ("flash wo_b", "pro wo_b")]
     found += [_case(name, size, tokens, "fp4") for name, size in FP4.items() for tokens in TOKENS]
     found += [_case(name, size, tokens, "bfloat16") for name, size in WIDE.items() for tokens in TOKENS]
+    found += [_case(name, size, TOKENS[1], "float32") for name, size in WIDE.items()]
     return found + [_case(name, size, TOKENS[0], "bfloat16") for name, size in HEAD.items()]
 
 
 def _case(name: str, size: tuple[int, int], tokens: int, form: str) -> Case:
-    N, K = size
+    (N, K), is_wide = size, form in ("bfloat16", "float32")
     flops = 2 * tokens * N * K
-    num_bytes = int(N * K * BYTES[form]) + 2 * tokens * K + (4 if form == "bfloat16" else 2) * tokens * N
+    num_bytes = int(N * K * BYTES[form]) + 2 * tokens * K + (4 if is_wide else 2) * tokens * N
 
     def maker(backend: Backend) -> Callable[[], Callable[[], object]]:
         return lambda: _make(name, size, tokens, form, backend)
 
     return Case(
-        kernel="linear.wide" if form == "bfloat16" else f"linear.{form}",
+        kernel=f"linear.wide, {form}" if is_wide else f"linear.{form}",
         shape=f"{name} {tokens} tokens",
         make=maker("unproved"),
         num_bytes=num_bytes,
@@ -62,8 +63,8 @@ def _case(name: str, size: tuple[int, int], tokens: int, form: str) -> Case:
 def _make(name: str, size: tuple[int, int], tokens: int, form: str, backend: Backend) -> Callable[[], object]:
     N, K = size
     x = torch.randn(tokens, K, dtype=torch.bfloat16, device=best())
-    if form == "bfloat16":
-        plain = torch.randn(N, K, dtype=torch.bfloat16, device=best())
+    if form in ("bfloat16", "float32"):
+        plain = torch.randn(N, K, dtype=getattr(torch, form), device=best())
         return lambda: linear(x, plain, wide=True, backend=backend)
     kind: Kind = "fp4" if form == "fp4" else "fp8"
     if kind == "fp4":
