@@ -42,8 +42,8 @@ CONFIGS = {
     # 64 heads x 512 channels of float32 sums are half the registers of a multiprocessor: 8 warps share them. In shared
     # memory, of 227 KiB: 64 KiB of queries, 64 KiB of decoded keys, 36 KiB of packed rows for each stage but one, or 64
     # of bfloat16.
-    "deep": Config(64, 64, 64, 8, 3),
-    "narrow": Config(64, 64, 64, 8, 2),
+    "deep": Config(64, 64, 128, 8, 3),
+    "narrow": Config(64, 64, 128, 8, 2),
     "small": Config(64, 32, 64, 8, 2),
     # float32 has no tensor cores here, and twice the bytes.
     "float32": Config(16, 16, 64, 4, 1),
@@ -97,7 +97,7 @@ def attend_paged(
             first, num_parts, window_parts, units_each, places.table.shape[1], plan.most, scale * LOG2_E,
             L=ring.shape[1], IS_PICKED=picked is not None, R=rotary_dims, FORMAT=row_format, BYTES=ring.shape[2],
             ALIGNMENT=alignment, BLOCK_H=plan.heads, BLOCK_C=min(config.channels, max(16, triton.next_power_of_2(K))),
-            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False, **sizes,
+            num_warps=config.warps, STAGES=config.stages, enable_fp_fusion=False, **sizes,
         )  # fmt: skip
         if not is_whole:
             join_parts[(count * H,)](

@@ -14,9 +14,11 @@ import triton.language as tl
 from dsv4.ops.attend.triton_backward import LOG2_E
 from dsv4.ops.lowbit.triton_codes import bits_of, number_of
 from dsv4.ops.places import PAGE_TOKENS
+from dsv4.ops.rows.formats import ROW_GROUP
 from dsv4.ops.rows.triton_rows import load_channels, load_scales, store_rows
 
 _PAGE = tl.constexpr(PAGE_TOKENS)
+_GROUP = tl.constexpr(ROW_GROUP)
 _LEAST = tl.constexpr(-1e30)  # the peak of no keys: -inf would make differences of it no number
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -29,7 +31,7 @@ def attend_parts(
     L: tl.constexpr, WINDOW: tl.constexpr, RATIO: tl.constexpr, IS_PICKED: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
     BYTES: tl.constexpr, ALIGNMENT: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of one token, and a block of heads. Past 60 lines, since where keys lie is one thought."""
     head_blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -54,24 +56,52 @@ def attend_parts(
     begin = tl.maximum(position - WINDOW + 1, 0)
     own_begin = tl.load(first_ptr + token) - token + position  # the position of the sequence's first token in the step
     ring = ring_ptr + slot * (L * BYTES)
-    for unit in range(first_unit, last_unit):
+    for unit in tl.range(first_unit, last_unit, num_stages=STAGES):
         raw = begin + unit * UNIT + place
         is_seen = raw <= position
         mine = own_ptr + (token - position + raw).to(tl.int64) * BYTES
         rows = tl.where(raw >= own_begin, mine, ring + (raw % L).to(tl.int64) * BYTES)
         rows = tl.multiple_of(rows, ALIGNMENT)  # the compiler does not look through a choice
         sums, peaks, totals = _meet(
-            q, rows, is_seen, sums, peaks, totals, log2_scale, num_parts > 0, K, R, FORMAT, BLOCK_H, BLOCK_C, UNIT
+            q,
+            rows,
+            is_seen,
+            sums,
+            peaks,
+            totals,
+            log2_scale,
+            most >= 0,
+            num_parts > 0,
+            K,
+            R,
+            FORMAT,
+            BLOCK_H,
+            BLOCK_C,
+            UNIT,
         )
     if RATIO > 0:
         where = (pages_ptr, table_ptr + slot * width, picked_ptr + token.to(tl.int64) * most)
         rows, is_seen = _entry_rows(*where, first_entry * UNIT + place, position, most, RATIO, IS_PICKED, BYTES)
-        for unit in range(first_entry, last_entry):
+        for unit in tl.range(first_entry, last_entry, num_stages=STAGES):
             # Where the next rows lie is found out before their turn, so that they can be fetched beside the products.
             entry = (unit + 1) * UNIT + place
             next_rows, next_is_seen = _entry_rows(*where, entry, position, most, RATIO, IS_PICKED, BYTES)
             sums, peaks, totals = _meet(
-                q, rows, is_seen, sums, peaks, totals, log2_scale, num_parts > 0, K, R, FORMAT, BLOCK_H, BLOCK_C, UNIT
+                q,
+                rows,
+                is_seen,
+                sums,
+                peaks,
+                totals,
+                log2_scale,
+                most >= 0,
+                num_parts > 0,
+                K,
+                R,
+                FORMAT,
+                BLOCK_H,
+                BLOCK_C,
+                UNIT,
             )
             rows, is_seen = next_rows, next_is_seen
 
@@ -163,34 +193,56 @@ def _no_sums(q, K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _meet(
-    q, rows, is_seen, sums, peaks, totals, log2_scale, is_there,
+    q, rows, is_seen, sums, peaks, totals, log2_scale, is_there, is_still_there,
     K: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Join a unit of keys to what there is: sums [h, c] by blocks and totals [h] are relative to exp2(peaks)."""
+    """Join a unit of keys to what there is: sums [h, c] by blocks and totals [h] are relative to exp2(peaks).
+
+    It is there. As in ``triton.py`` the conditions are for the compiler: the next unit arrives beside the products, and
+    those whose results reach another product are not formed twice, by each half of the warps.
+    """
     scales = load_scales(rows, is_seen, K, R, FORMAT)
     keys = ()
     for i in tl.static_range(len(q)):
-        block = load_channels(rows, is_seen, scales, i * BLOCK_C, BLOCK_C, K, R, FORMAT, q[i].dtype)
+        block = _block(rows, is_seen, scales, i * BLOCK_C, BLOCK_C, K, R, FORMAT, q[i].dtype, UNIT)
         keys = keys + (block,)  # noqa: RUF005 - a kernel has no other way to lengthen a tuple
-    scores = tl.zeros((BLOCK_H, UNIT), dtype=tl.float32)
-    # It is. Products whose results reach another product, which the compiler does not see through a condition, would be
-    # computed twice, by each half of the warps.
     if is_there:
+        weights = tl.zeros((BLOCK_H, UNIT), dtype=q[0].dtype)
+        unit_peaks = tl.zeros_like(peaks)
+        unit_totals = tl.zeros_like(totals)
+        if is_still_there:
+            scores = tl.zeros((BLOCK_H, UNIT), dtype=tl.float32)
+            for i in tl.static_range(len(q)):
+                scores = tl.fma(tl.dot(q[i], tl.trans(keys[i]), input_precision="ieee"), log2_scale, scores)  # [h, n]
+            scores = tl.where(is_seen[None, :], scores, float("-inf"))
+            unit_peaks = tl.maximum(tl.max(scores, axis=1), _LEAST)
+            shares = tl.exp2(scores - unit_peaks[:, None])
+            unit_totals = tl.sum(shares, axis=1)
+            weights = shares.to(q[0].dtype)
+        peaks, shrink, grow = _peaks(peaks, unit_peaks)
+        totals = _join(totals, shrink, unit_totals, grow)
+        joined = ()
         for i in tl.static_range(len(q)):
-            scores = tl.fma(tl.dot(q[i], tl.trans(keys[i]), input_precision="ieee"), log2_scale, scores)  # [h, n]
-    scores = tl.where(is_seen[None, :], scores, float("-inf"))
-    unit_peaks = tl.maximum(tl.max(scores, axis=1), _LEAST)
-    weights = tl.exp2(scores - unit_peaks[:, None])
-    unit_totals = tl.sum(weights, axis=1)
-    weights = weights.to(q[0].dtype)
-    peaks, shrink, grow = _peaks(peaks, unit_peaks)
-    totals = _join(totals, shrink, unit_totals, grow)
-    joined = ()
-    for i in tl.static_range(len(q)):
-        unit_sums = tl.dot(weights, keys[i], input_precision="ieee")
-        joined = joined + (_join(sums[i], shrink[:, None], unit_sums, grow[:, None]),)  # noqa: RUF005
-    return joined, peaks, totals
+            unit_sums = tl.dot(weights, keys[i], input_precision="ieee")
+            joined = joined + (_join(sums[i], shrink[:, None], unit_sums, grow[:, None]),)  # noqa: RUF005
+        sums = joined
+    return sums, peaks, totals
+
+
+@triton.jit
+def _block(
+    rows, is_seen, scales, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr, dtype: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Channels of a unit's keys, [n, c]; packed ones are read by the 64 that share a scale."""
+    if WIDTH <= _GROUP or FORMAT == "bfloat16" or FORMAT == "float32":
+        return load_channels(rows, is_seen, scales, FIRST, WIDTH, K, R, FORMAT, dtype)
+    else:
+        half: tl.constexpr = WIDTH // 2
+        low = _block(rows, is_seen, scales, FIRST, half, K, R, FORMAT, dtype, UNIT)
+        high = _block(rows, is_seen, scales, FIRST + half, half, K, R, FORMAT, dtype, UNIT)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (UNIT, WIDTH))
 
 
 @triton.jit

@@ -88,6 +88,12 @@ def test_the_formula_in_other_shapes(row_format, H, K, R, window, spare, kind):
     check(world, [(0, 149, 150), (1, 2, 3)])
 
 
+@pytest.mark.parametrize("row_format", ["packed", "bfloat16"])
+def test_blocks_of_128_channels(row_format):
+    """Two scales in one, and one that is half coded and half stored."""
+    check(World([70], row_format, DTYPES[-1], (4, 5), H=2, K=200, R=24), [(0, 68, 70)])
+
+
 def test_more_groups_than_a_number_holds():
     """Nine scales, of which eight are read at once."""
     world = World([20], "packed", torch.float32, (4, None), H=1, K=64 * 9 + 8, R=8)
