@@ -15,7 +15,6 @@ from dsv4.config.model import RATIO
 from dsv4.model.cache import CompressorCache, LayerCache
 from dsv4.model.call import Call
 from dsv4.ops.attend.paged import attend_paged, write_ring_
-from dsv4.ops.backend import Backend
 from dsv4.ops.compress.paged import compress_paged_
 from dsv4.ops.index.paged import select_paged
 from dsv4.ops.linear import linear, linear_groups, linears
@@ -26,7 +25,6 @@ from dsv4.ops.rows import is_packed
 
 if TYPE_CHECKING:
     from dsv4.model.attention import Attention, Compressor
-    from dsv4.model.transformer import MTP
 
 
 def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) -> torch.Tensor:
@@ -87,11 +85,3 @@ def attention(layer: Attention, x: torch.Tensor, call: Call, cache: LayerCache) 
     grouped = out.view(out.shape[0], layer.groups, -1)  # [T, G, H K / G]
     wo_a = layer.wo_a.matrix(x.dtype, backend).unflatten(0, (layer.groups, -1))  # [G, O, H K / G]
     return linear(linear_groups(grouped, wo_a, backend=backend), layer.wo_b.weight, backend=backend)[None]
-
-
-def join(block: MTP, streams: torch.Tensor, embedded: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """As the block's own, for an engine's step: its products have a fixed order."""
-    e = rmsnorm(embedded, block.enorm.weight, block.eps, backend=backend)
-    h = rmsnorm(streams, block.hnorm.weight, block.eps, backend=backend)
-    one = linear(e, block.e_proj.weight, backend=backend).unsqueeze(2)  # [1, T, 1, D]
-    return one + linear(h, block.h_proj.weight, backend=backend)

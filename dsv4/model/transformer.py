@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dsv4.config.model import RATIO, LayerKind, ModelConfig
-from dsv4.model import cached, rows
+from dsv4.model import rows
 from dsv4.model.block import Block
 from dsv4.model.cache import Cache
 from dsv4.model.call import Call, make_cached_call, make_call
@@ -60,10 +60,18 @@ class MTP(Block):
         self.enorm, self.hnorm, self.norm = Norm(D, dtype), Norm(D, dtype), Norm(D, dtype)
         _add_head_mix(self, N, D)
 
-    def join(self, streams: torch.Tensor, embedded: torch.Tensor, backend: Backend) -> torch.Tensor:
-        """streams: [B, T, N, D]; embedded: [B, T, D], the next tokens; returns streams [B, T, N, D]."""
+    def join(
+        self, streams: torch.Tensor, embedded: torch.Tensor, backend: Backend, *, is_step: bool = False
+    ) -> torch.Tensor:
+        """streams: [B, T, N, D]; embedded: [B, T, D], the next tokens; returns streams [B, T, N, D].
+
+        is_step: of an engine, whose products have an order that hangs on nothing else in the step.
+        """
         e = rmsnorm(embedded, self.enorm.weight, self.eps, backend=backend)
         h = rmsnorm(streams, self.hnorm.weight, self.eps, backend=backend)
+        if is_step:
+            one = linear(e, self.e_proj.weight, backend=backend).unsqueeze(2)  # [1, T, 1, D]
+            return one + linear(h, self.h_proj.weight, backend=backend)
         return self.e_proj(e, backend).unsqueeze(2) + self.h_proj(h, backend)
 
 
@@ -204,7 +212,7 @@ class Transformer(nn.Module):
         call = make_cached_call(
             next_ids[None], places, cache.row_format, *cache.frequencies, backend=backend, rounds=self.rounds
         )
-        joined = cached.join(block, streams, self.embed(call.token_ids).to(self.activation_dtype), backend)
+        joined = block.join(streams, self.embed(call.token_ids).to(self.activation_dtype), backend, is_step=True)
         streams = block(joined, call, cache.layers[len(self.layers)], None)
         return streams, _fold(block, self.config, streams, backend)
 

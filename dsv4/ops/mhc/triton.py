@@ -3,10 +3,10 @@ Writing and then reading is three: the first of reading is done by that which wr
 
 Reading cannot be one kernel that also fills the machine. The map fn weighs 24 N D floats, more than the streams of
 dozens of tokens, so a program that reads it must hold a block of tokens; the read and its norm want a program a token.
-So: ``_project`` (tokens by parts of D, of all streams) leaves partial products and square sums, ``_coefficients`` adds
+So: ``project`` (tokens by parts of D, of all streams) leaves partial products and square sums, ``_coefficients`` adds
 them in order and does the Sinkhorn rounds in registers, ``_read`` takes the sum and normalises it. The parts are as
 many for one token as for a million, so a token's bits never depend on the others. ``_read`` goes from the last token to
-the first: what ``_project`` read last is still in the second-level cache.
+the first: what ``project`` read last is still in the second-level cache.
 
 Kept for backward: the streams, M mixes and one inverse RMS a token; the Sinkhorn rounds are formed again.
 """
@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from dsv4.ops.mhc import portable
 from dsv4.ops.mhc import triton_backward as back
-from dsv4.ops.mhc.triton_parts import Tiles, doubly_stochastic, scaled, sum_of_streams, tiles, warps
+from dsv4.ops.mhc.triton_parts import doubly_stochastic, scaled, sum_of_streams, tiles, warps
+from dsv4.ops.mhc.triton_project import project, sizes, write_project
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_CHANNELS = 16384  # of a stream: 32 float32 registers a thread with 16 warps
@@ -122,7 +123,7 @@ def _serves(streams: torch.Tensor, coefficients: torch.Tensor) -> bool:
 class _Pre(torch.autograd.Function):
     """Reading and normalisation. With no iterations there is a head's read alone, without post and comb.
 
-    partial: what ``_project`` would find, if another kernel has found it already.
+    partial: what ``project`` would find, if another kernel has found it already.
     """
 
     @staticmethod
@@ -137,8 +138,8 @@ class _Pre(torch.autograd.Function):
             c, P = tiles(streams.dtype), triton.next_power_of_2(N)
             if partial is None:
                 partial = fn.new_empty(T, c.parts, M + 1)
-                _project[(triton.cdiv(T, c.tokens), c.parts)](
-                    streams, fn, partial, T, **_sizes(c, M, N, D, c.channels), STAGES=c.stages
+                project[(triton.cdiv(T, c.tokens), c.parts)](
+                    streams, fn, partial, T, **sizes(c, M, N, D, c.channels), STAGES=c.stages
                 )  # fmt: skip
             _coefficients[(triton.cdiv(T, c.tokens_of_coefficients),)](
                 partial, base, scale, mixes, inverse_rms, post_weights, comb, T, norm_eps, eps,
@@ -163,15 +164,6 @@ class _Pre(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _sizes(c: Tiles, M: int, N: int, D: int, channels: int) -> dict[str, int]:
-    """The constants and warps of a projection, so many channels at a time."""
-    part = triton.cdiv(triton.cdiv(D, c.parts), channels) * channels
-    return {
-        "M": M, "N": N, "D": D, "PART": part, "PARTS": c.parts, "TOKENS": c.tokens,
-        "ROWS": max(triton.next_power_of_2(M), 16), "CHANNELS": channels, "num_warps": c.warps,
-    }  # fmt: skip
-
-
 class _Post(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams, y, post_weights, comb):
@@ -191,7 +183,7 @@ class _Post(torch.autograd.Function):
 
 
 class _PostAhead(torch.autograd.Function):
-    """Writing, and what ``_project`` finds in what was written. Nothing passes back through the latter: it does in
+    """Writing, and what ``project`` finds in what was written. Nothing passes back through the latter: it does in
     ``_Pre``, from which it was taken."""
 
     @staticmethod
@@ -201,8 +193,8 @@ class _PostAhead(torch.autograd.Function):
         c, M = tiles(streams.dtype), len(fn)
         out, partial = torch.empty_like(kept[0]), fn.new_empty(T, c.parts, M + 1)
         if out.numel():
-            _write_project[(triton.cdiv(T, c.tokens), c.parts)](
-                *kept, fn.contiguous(), out, partial, T, **_sizes(c, M, N, D, c.channels_ahead), STAGES=c.stages_ahead
+            write_project[(triton.cdiv(T, c.tokens), c.parts)](
+                *kept, fn.contiguous(), out, partial, T, **sizes(c, M, N, D, c.channels_ahead), STAGES=c.stages_ahead
             )
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(partial)
@@ -235,98 +227,6 @@ class _Sinkhorn(torch.autograd.Function):
     def backward(ctx, grad):
         (logits,) = ctx.saved_tensors
         return back.sinkhorn(grad, logits, ctx.eps, ctx.iterations), None, None
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _project(
-    streams, fn, partial, num_tokens,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """One part of a block of tokens: M products with fn, and in column M the sum of squares.
-
-    A part is some channels of all streams, as a kernel that writes them has them; streams alternate.
-    """
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    part = tl.program_id(1)
-    rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    is_token, is_row = tokens < num_tokens, rows < M
-    products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
-    squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
-    for step in tl.range(
-        PART // CHANNELS * N, num_stages=STAGES
-    ):  # one loop over channels and streams: it is pipelined
-        channel = part * PART + step // N * CHANNELS + channels
-        at = step % N * D + channel
-        of_x, of_w = tokens[:, None] * (N * D) + at[None, :], rows[:, None] * (N * D) + at[None, :]
-        x = tl.load(streams + of_x, mask=is_token[:, None] & (channel < D)[None, :], other=0.0)
-        w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
-        squares += x.to(tl.float32) * x.to(tl.float32)
-        products = _multiply(x, w, products)
-    _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
-
-
-@triton.jit
-def _multiply(x, w, products):
-    """products [t, m] and those of x [t, c] with w [m, c] float32.
-
-    A number of 16 bits is one that tensor cores take as it is, and a weight is the sum of three of them, with all of
-    its 24 digits.
-    """
-    if x.dtype == tl.float32:
-        products = tl.dot(x, tl.trans(w), products, input_precision="ieee")
-    else:
-        for _ in tl.static_range(3):
-            digits = w.to(x.dtype)
-            products = tl.dot(x, tl.trans(digits), products)
-            w -= digits.to(tl.float32)
-    return products
-
-
-@triton.jit
-def _store_partial(
-    products, squares, partial, tokens, part, is_token, M: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
-):
-    rows = tl.arange(0, ROWS)
-    to = partial + (tokens * PARTS + part) * (M + 1)
-    tl.store(to[:, None] + rows[None, :], products, mask=is_token[:, None] & (rows < M)[None, :])
-    tl.store(to + M, tl.sum(squares, axis=1), mask=is_token)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _write_project(
-    streams, y, post_weights, comb, fn, out, partial, num_tokens,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """``_write`` and ``_project``, some channels of a block of tokens at a time, step by step as these do."""
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    part = tl.program_id(1)
-    rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    is_token, is_row = tokens < num_tokens, rows < M
-    products = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
-    squares = tl.zeros([TOKENS, CHANNELS], dtype=tl.float32)
-    for step in tl.range(PART // CHANNELS, num_stages=STAGES):
-        channel = part * PART + step * CHANNELS + channels
-        inside = is_token[:, None] & (channel < D)[None, :]
-        of_token = tokens[:, None] * (N * D) + channel[None, :]
-        written = tl.load(y + tokens[:, None] * D + channel[None, :], mask=inside, other=0.0)
-        given = ()
-        for j in tl.static_range(N):
-            given = given + (tl.load(streams + of_token + j * D, mask=inside, other=0.0),)  # noqa: RUF005
-        for k in tl.static_range(N):
-            post = tl.load(post_weights + tokens * N + k, mask=is_token, other=0.0)
-            value = written.to(tl.float32) * post[:, None]
-            for j in tl.static_range(N):
-                weight = tl.load(comb + (tokens * N + j) * N + k, mask=is_token, other=0.0)
-                value += given[j].to(tl.float32) * weight[:, None]
-            x = value.to(out.dtype.element_ty)
-            tl.store(out + of_token + k * D, x, mask=inside)
-            of_w = rows[:, None] * (N * D) + (k * D + channel)[None, :]
-            w = tl.load(fn + of_w, mask=is_row[:, None] & (channel < D)[None, :], other=0.0)
-            squares += x.to(tl.float32) * x.to(tl.float32)
-            products = _multiply(x, w, products)
-    _store_partial(products, squares, partial, tokens, part, is_token, M, PARTS, ROWS)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
