@@ -29,6 +29,7 @@ from dsv4 import device
 from dsv4.cli.bench_setup import save
 
 NOWHERE = torch.device("meta")
+INSTRUCTION = r"\s+/\*[0-9a-f]+\*/"  # as a line of nvdisasm begins
 
 
 def main(only: tuple[str, ...] = ROOMS, results: Path = RESULTS / "gpu_compiled.json") -> None:
@@ -103,7 +104,7 @@ def built(case: Case, made: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [*made]
 
 
-def usage(kernel: Any) -> dict[str, int]:
+def usage(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel takes of the processor."""
     import triton
 
@@ -118,8 +119,24 @@ def usage(kernel: Any) -> dict[str, int]:
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", resources)[0]
     return {
         "registers": int(registers), "spilled_bytes": int(stack), "shared_bytes": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps, "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/", code, re.MULTILINE)),
+        "warps": kernel.metadata.num_warps, "instructions": len(re.findall("^" + INSTRUCTION, code, re.MULTILINE)),
+        "in_loops": loops(code),
     }  # fmt: skip
+
+
+def loops(code: str) -> list[int]:
+    """How many instructions are in each loop of a listing: from a label to the branch behind that goes back to it."""
+    labels: dict[str, int] = {}
+    found, number = [], 0
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        elif re.match(INSTRUCTION, line):
+            number += 1
+            back = re.search(r"BRA.*\((\.L_x_\d+)\)", line)
+            if back and number - labels.get(back[1], number) > 1:  # not the trap at the end, which goes to itself
+                found.append(number - labels[back[1]])
+    return found
 
 
 def line(one: dict[str, Any]) -> str:
@@ -128,6 +145,7 @@ def line(one: dict[str, Any]) -> str:
     return (
         f"{one['kernel']} ({one['case']}): {one['registers']} registers{spilled}, {one['shared_bytes'] / 1024:.0f} KiB "
         f"shared, {one['warps']} warps, {one['instructions']:,} instructions"
+        + (f", in loops {', '.join(map(str, one['in_loops']))}" if one["in_loops"] else "")
     )
 
 

@@ -47,8 +47,8 @@ def load_channels(
 ):  # fmt: skip
     """Channels FIRST <= k < FIRST + WIDTH of rows, [N, WIDTH] in ``dtype``; zero from K on.
 
-    rows: [N] pointers to bytes; scales: of ``load_scales``. WIDTH divides 64 and FIRST, so that a row has one scale in
-    what is read.
+    rows: [N] pointers to bytes; scales: of ``load_scales``. Of packed rows WIDTH divides 64 and FIRST, so that a row
+    has one scale in what is read.
     """
     plain: tl.constexpr = K - R if _is_packed(FORMAT) else 0
     if plain >= FIRST + WIDTH:
